@@ -57,7 +57,15 @@ from mora_ds.common.tensor_files import (
     shape_dtype,
     write_safetensors_atomic,
 )
-from mora_ds.common.untrusted import AnyPath, Count, FileName, entry, typed, typed_fully
+from mora_ds.common.untrusted import (
+    AnyPath,
+    Count,
+    FileName,
+    entry,
+    is_url,
+    typed,
+    typed_fully,
+)
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
 from mora_ds.models.rope import check_changes
 from mora_ds.remora.ledger import (
@@ -295,7 +303,7 @@ class BaseReference:
     """base.json: a checkpoint's base, and what parameters are called in its files."""
 
     folder: AnyPath
-    """Absolute, or relative to base.json, for a base that moves with its run."""
+    """A URL, absolute, or relative to base.json, for a base that moves with its run."""
     fingerprint: str
     keys: dict[FileName, str]
     """Parameter name -> safetensors key."""
@@ -339,8 +347,11 @@ class BaseReference:
 
         Raises `UserError` naming `flag` when it is missing or another one.
         """
-        folder = checkpoint.resolve() / self.folder if override is None else override
-        base = BaseCheckpoint.open(folder, flag)
+        place: Path | str | None = override
+        if place is None:
+            is_here = not is_url(self.folder)
+            place = checkpoint.resolve() / self.folder if is_here else self.folder
+        base = BaseCheckpoint.open(place, flag)
         self.require_base(base, checkpoint, flag)
         return base
 

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.fetched import BEST as BEST
+from mora_ds.common.fetched import CHECKPOINTS as CHECKPOINTS
+from mora_ds.common.fetched import LATEST as LATEST
 from mora_ds.common.files import (
     MANIFEST,
     read_json,
@@ -27,12 +30,8 @@ from mora_ds.remora.ledger import LEDGER_FILE, Ledger
 RUN_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
-CHECKPOINTS = "checkpoints"
 MERGED_FOLDER = "merged"
 BASE_FOLDER = "base"
-
-LATEST = "latest"
-BEST = "best"
 
 ENGINE_TAG = "engine"
 """The folder of the engine's shards."""

@@ -42,6 +42,7 @@ from mora_ds.checkpoint.shard_table import INDEX_FILE, EngineShards, rank_file
 from mora_ds.checkpoint.storage import WRITING, Storage
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.fetched import local
 from mora_ds.common.files import (
     MANIFEST,
     FileFacts,
@@ -51,8 +52,9 @@ from mora_ds.common.files import (
     manifest_of,
     verify_manifest,
 )
+from mora_ds.common.object_store import StoreError
 from mora_ds.common.tensor_files import Tensors
-from mora_ds.common.untrusted import expanded
+from mora_ds.common.untrusted import is_url
 from mora_ds.runtime.exchange import gather_to_rank0
 from mora_ds.runtime.ranks import Ranks, Result
 
@@ -176,7 +178,14 @@ class CheckpointManager:
         name_best(self.storage, best)
         self.storage.link(LATEST, step_name(step))
         if keep is not None:
-            self.retain(step, keep)
+            try:
+                self.retain(step, keep)
+            except StoreError as error:
+                # The checkpoint is complete
+                logger.warning(
+                    "warning: old checkpoints stay and take up space: %s; the next save tries again",
+                    error,
+                )
 
     def _commit(self, own: CheckpointFiles, shares: Shares, step: int) -> None:
         for number, section in enumerate(self.sections):
@@ -371,7 +380,9 @@ def resume_checkpoint(wanted: str, root: Path, flag: str = RESUME) -> Path | Non
 
 def _asked_for(wanted: str, root: Path, flag: str) -> tuple[Storage, str]:
     if wanted != LATEST:
-        return storages.located(expanded(wanted, flag))
+        if is_url(wanted) and (own := storages.bound(root, wanted)):
+            return own
+        return storages.located(local(wanted, flag))
     storage = storages.storage_of(root)
     name = storage.linked(LATEST)
     if name is None:

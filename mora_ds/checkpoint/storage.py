@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mora_ds.checkpoint.layout import BEST, LATEST, is_step_name
+from mora_ds.common.fetched import with_urls
 from mora_ds.common.files import (
     MANIFEST,
     atomic_path,
@@ -318,7 +319,7 @@ class ObjectStorage:
             if final != folder and self._is_committed(folder):
                 self._replace(folder, final)
             elif is_step_name(final) and not self._is_committed(folder):
-                self._delete(folder)
+                self.delete(folder)
 
     def link(self, link: str, folder: str) -> None:
         self._store.write(link, folder.encode())
@@ -357,10 +358,20 @@ def bind(root: Path, url: str) -> None:
     _URLS[root.resolve()] = url
 
 
+def bound(root: Path, url: str) -> tuple[Storage, str] | None:
+    """The storage of `root` and the name there of a checkpoint, or a link, that a URL
+    names; None if it is elsewhere."""
+    parent, _, name = url.rstrip("/").rpartition("/")
+    if _URLS.get(root.resolve()) != parent:
+        return None
+    storage = storage_of(root)
+    return storage, storage.linked(name) or name
+
+
 def public_name(checkpoint: Path) -> str:
     """The path or URL of a checkpoint, for messages."""
     url = _URLS.get(checkpoint.parent.resolve())
-    return str(checkpoint) if url is None else f"{url}/{checkpoint.name}"
+    return with_urls(checkpoint) if url is None else f"{url}/{checkpoint.name}"
 
 
 def make_storage(root: Path) -> Storage:

@@ -43,9 +43,10 @@ from mora_ds.checkpoint.shard_table import EngineShards
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.storage import local_copy, storage_of
 from mora_ds.common.errors import RunError, UserError, raise_validation_errors
+from mora_ds.common.fetched import local
 from mora_ds.common.files import MANIFEST, listed_files, verify_manifest
 from mora_ds.common.tensor_files import open_safetensors
-from mora_ds.common.untrusted import expanded, shown
+from mora_ds.common.untrusted import shown
 from mora_ds.engine.shards import MASTER
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LEDGER_FILE, Ledger
@@ -77,14 +78,14 @@ class Verdict:
         ]
 
 
-def verify(path: Path, base: Path | None = None) -> list[Verdict]:
+def verify(path: Path | str, base: Path | None = None) -> list[Verdict]:
     """Checks a checkpoint, a ledger's folder, or every checkpoint of a run (its output
     folder, or `checkpoints` in it), oldest first.
 
     Raises `UserError` when there is none at `path`, and where `base` is no model or not
     that of what is intact.
     """
-    path = expanded(path)
+    path = local(path, all_checkpoints=True)
     opened = None if base is None else BaseCheckpoint.open(base, "--base")
     if any((path / name).is_file() for name in (MANIFEST, STATE_FILE, ADAPTER_JSON)):
         return [_verify_one(path.resolve(), opened)]

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mora_ds.adapters.target_patterns import ALL_LINEAR
@@ -30,6 +29,7 @@ from mora_ds.runtime.cli import (
     check_device,
     check_writable,
     command_parser,
+    path_on_disk,
     say,
     shared_flags,
 )
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--write",
-        type=Path,
+        type=path_on_disk,
         metavar="FILE",
         help="the plan for research.targets of a recipe",
     )

@@ -23,6 +23,7 @@ from mora_ds.common.errors import (
     raise_validation_errors,
     wrong_values,
 )
+from mora_ds.common.fetched import with_urls
 from mora_ds.runtime.cli import (
     check_device,
     check_writable,
@@ -60,7 +61,7 @@ def main() -> None:
     say(f"{options.model}; windows of {windows.window} tokens, stride {windows.stride}")
     scores = score_sets(target, sets, windows, options)
     content = {
-        "model": str(options.model),
+        "model": with_urls(options.model),
         "window": windows.window,
         "stride": windows.stride,
         "sets": {name: score.to_dict() for name, score in scores.items()},

@@ -6,7 +6,6 @@ mora-ds evaluate-adapters MODEL DIR --sets held=held.jsonl
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mora_ds.commands.evaluate import (
@@ -19,6 +18,7 @@ from mora_ds.commands.evaluate import (
 )
 from mora_ds.runtime.cli import (
     command_parser,
+    path_on_disk,
     record_and_say,
     say,
     shared_flags,
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     shared_flags(parser, "model", help="the base of all adapters")
     parser.add_argument(
         "folder",
-        type=Path,
+        type=path_on_disk,
         metavar="DIR",
         help="a folder of adapters, checkpoints or runs",
     )

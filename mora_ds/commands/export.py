@@ -9,10 +9,9 @@ checkpoint, logits that differ, a full disk.
 """
 
 import argparse
-from pathlib import Path
 
 from mora_ds.common.errors import named_as_flags
-from mora_ds.runtime.cli import command_parser, say, shared_flags
+from mora_ds.runtime.cli import command_parser, say, shared_flags, source
 
 
 @named_as_flags(
@@ -56,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument(
         "--checkpoint",
-        type=Path,
+        type=source,
         required=True,
         help="step folder, link to one, output folder, or a MoRA adapter of kongds's PEFT",
     )

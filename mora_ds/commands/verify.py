@@ -31,7 +31,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     path = "a checkpoint, a link to one, or a run's output folder"
-    shared_flags(parser, "path", help=path)
+    shared_flags(parser, "path", help=path, type=str)
     base = "the base's folder, to check that it is the right one"
     shared_flags(parser, "--base", help=base)
     return parser

@@ -11,10 +11,12 @@ metadata of the machine); they are neither read nor written here.
 import logging
 import os
 import platform
+import re
 import threading
 import time
 from collections.abc import Sequence
 from glob import has_magic
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,12 +24,29 @@ from uuid import uuid4
 import fsspec
 
 from mora_ds.common.errors import RunError, UserError, reason
-from mora_ds.common.untrusted import relative_path
+from mora_ds.common.untrusted import check_url, relative_path
 
 logger = logging.getLogger(__name__)
 
 PAUSES_S = (1.0, 4.0, 16.0)
 """Seconds before each further attempt, after those of the library itself."""
+
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "file": {"auto_mkdir": True},
+    # botocore waits for a minute, and tries five times by itself, five times for s3fs
+    "s3": {
+        "config_kwargs": {
+            "connect_timeout": 10,
+            "read_timeout": 30,
+            "retries": {"max_attempts": 0},
+        }
+    },
+}
+"""What each protocol's library must know."""
+
+_SECRET = re.compile(r"(?<=\?)\S+|(?<=://)[^/\s]*:\S*(?=@)")
+"""What may be a signature or KEY:SECRET, in the URLs of other libraries' messages."""
 
 
 class StoreError(RunError):
@@ -41,29 +60,28 @@ class NoObject(StoreError):
 class ObjectStore:
     """The objects below a URL. Methods raise `StoreError`."""
 
-    def __init__(self, url: str) -> None:
-        """Raises `UserError` where the URL is a pattern, the protocol is unknown, its
-        library is missing, or what is stored would end with the process."""
+    def __init__(self, url: str, flag: str = "--output_dir") -> None:
+        """Raises `UserError` that names `flag` where the URL is a pattern or has
+        credentials, the protocol is unknown, its library is missing, or what is stored
+        would end with the process."""
+        check_url(url, flag)
         self.url = url.rstrip("/")
+        where = f"{flag} {url}".lstrip()
         if has_magic(url):
             # `rm` of fsspec would delete what matches
-            raise UserError(
-                f"--output_dir {url}: leave out *, ? and [, which make it a pattern"
-            )
+            raise UserError(f"{where}: leave out *, ? and [, which make it a pattern")
         protocol = url.partition("://")[0]
         # What other ranks and other machines write is seen at once
-        options = {"use_listings_cache": False}
-        if protocol == "file":
-            options["auto_mkdir"] = True
+        options = {"use_listings_cache": False, **_OPTIONS.get(protocol, {})}
         try:
             self.filesystem, root = fsspec.core.url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
             raise UserError(
-                f"--output_dir {url}: {reason(error)} (pip install 'mora_ds[s3]', 'mora_ds[gcs]')"
+                f"{where}: {reason(error)} (pip install 'mora_ds[s3]', 'mora_ds[gcs]', 'mora_ds[abfs]')"
             ) from error
         if protocol == "memory" or not root.strip("/"):
             raise UserError(
-                f"--output_dir {url}: give a bucket, or another store that outlives the process, and a name in it"
+                f"{where}: give a bucket, or another store that outlives the process, and a name in it"
             )
         self._root = root.rstrip("/")
 
@@ -88,6 +106,11 @@ class ObjectStore:
         content: bytes = self._found(b"", "cat_file", name)
         return content
 
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """Bytes of an object, which must be there."""
+        content: bytes = self._call("cat_file", self._path(name), start=start, end=end)
+        return content
+
     def fetch(self, names: Sequence[str], folder: Path) -> None:
         """Make files of these names in `folder`, several at a time."""
         targets = [str(folder / relative_path(name)) for name in names]
@@ -107,9 +130,36 @@ class ObjectStore:
 
     def sizes(self, folder: str) -> dict[str, int]:
         """{name in the folder: bytes} of all objects below it."""
+        facts = self._facts(folder)
+        return {name: facts[name]["size"] for name in facts}
+
+    def versions(self, folder: str) -> dict[str, str]:
+        """{name in the folder: text} of all objects below it. The text changes with the
+        object."""
+        facts = self._facts(folder)
+        return {name: version_of(facts[name]) for name in facts}
+
+    def _facts(self, folder: str) -> dict[str, dict[str, Any]]:
         files = self._found({}, "find", folder, detail=True)
         prefix = f"{self._path(folder)}/"
-        return {path.removeprefix(prefix): files[path]["size"] for path in files}
+        return {
+            path.removeprefix(prefix): files[path]
+            for path in files
+            if path.startswith(prefix)
+        }
+
+    def glob(self, pattern: str) -> dict[str, dict[str, Any]]:
+        """{name: what its library says of it} of objects that fit a pattern, or lie in
+        the folder of that name."""
+        found = self._found({}, "glob", pattern, detail=True)
+        prefix = f"{self._path('')}/"
+        facts = {
+            path.removeprefix(prefix): found[path]
+            for path in found
+            if found[path]["type"] == "file"
+        }
+        in_folder = self._facts(pattern) if not facts else {}
+        return facts | {f"{pattern}/{name}": in_folder[name] for name in in_folder}
 
     def folders(self) -> list[str]:
         """The first parts of names, where others follow."""
@@ -144,15 +194,37 @@ class ObjectStore:
                 return getattr(self.filesystem, method)(*arguments, **options)
             except FileExistsError:
                 raise
-            except FileNotFoundError as error:
-                raise NoObject(f"{self.url}: {reason(error)}") from error
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise NoObject(
+                    f"{self.url}: {_SECRET.sub('...', reason(error))}"
+                ) from error
             # Each library has errors of its own
             except Exception as error:
                 if pause_s is None or isinstance(error, PermissionError):
                     raise StoreError(
-                        f"{self.url}: {method} failed: {reason(error)}"
+                        f"{self.url}: {method} failed: {_SECRET.sub('...', reason(error))}"
                     ) from error
                 time.sleep(pause_s)
+
+
+def matches(pattern: str) -> dict[str, tuple[int, str]]:
+    """{URL: (bytes, version)} of the objects that a URL names: one, those that fit *, ?
+    and [, or all in a folder."""
+    parts = pattern.rstrip("/").split("/")
+    plain = list(takewhile(lambda part: not has_magic(part), parts[:-1]))
+    store = ObjectStore("/".join(plain), "")
+    rest = "/".join(parts[len(plain) :])
+    facts = store.glob(rest)
+    return {
+        f"{store.url}/{name}": (facts[name]["size"], version_of(facts[name]))
+        for name in facts
+    }
+
+
+def version_of(facts: dict[str, Any]) -> str:
+    """Size and version of an object, from what its library says of it."""
+    names = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified")
+    return " ".join(str(facts[name]) for name in names if name in facts)
 
 
 RENEWED_S = 5.0

@@ -294,6 +294,21 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
+_CREDENTIALS = re.compile(r"://[^/]*:(?!\d+(/|$))|\?.*=")
+"""KEY:SECRET@ before a bucket, but no port, and no container@account of Azure; and the
+query of a presigned URL."""
+
+
+def check_url(url: str, flag: str) -> None:
+    """Raise `UserError` for a URL with credentials, which runs would record and
+    print."""
+    if _CREDENTIALS.search(url):
+        raise UserError(
+            f"{flag}: leave credentials out of the URL, which is recorded and printed; its library finds them in the "
+            "environment and in its files".lstrip(": ")
+        )
+
+
 def expanded(path: str | Path, flag: str = "") -> Path:
     """`path` with ~ or ~USER replaced by the home folder. Raises `UserError` that names
     `flag` for a URL, if the home folder is unknown, and if the path cannot be

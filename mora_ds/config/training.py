@@ -10,7 +10,7 @@ from mora_ds.common.errors import (
     unknown,
     validation_errors_of,
 )
-from mora_ds.common.untrusted import expanded, is_url
+from mora_ds.common.untrusted import check_url, expanded, is_url
 from mora_ds.config.flags import documented
 from mora_ds.config.forgetting import Watch
 from mora_ds.engine.settings import BaseDevice, EngineSettings, OptimizerKind
@@ -217,11 +217,8 @@ class TrainingArguments:
             yield f"--num_train_epochs must be {POSITIVE}, got {self.num_train_epochs}"
         if not is_url(self.output_dir):
             yield from validation_errors_of(expanded, self.output_dir, "--output_dir")
-        elif "@" in self.output_dir:
-            yield (
-                "--output_dir: leave credentials out of the URL, which the run records; its library finds them in the "
-                "environment and in its files"
-            )
+        else:
+            yield from validation_errors_of(check_url, self.output_dir, "--output_dir")
         is_multiple = (
             self.eval_steps != 0 and self.eval_tasks_steps % self.eval_steps == 0
         )

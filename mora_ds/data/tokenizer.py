@@ -15,8 +15,8 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.fetched import local
 from mora_ds.common.files import JsonObject, json_digest
-from mora_ds.common.untrusted import expanded
 from mora_ds.data.readers import Document
 
 AUTO = "auto"
@@ -95,7 +95,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or a Hub model. Raises `UserError` that names
     `flag` if there is none, or if it needs remote code that is not trusted."""
-    path = expanded(name_or_path, flag)
+    path = local(name_or_path, flag)
     if path.is_dir() and not has_tokenizer(path):
         files = ", ".join(_TOKENIZER_FILES)
         raise UserError(f"{flag}: the folder {path} holds no tokenizer ({files})")

@@ -34,6 +34,7 @@ from mora_ds.adapters.registry import Capability, require
 from mora_ds.checkpoint.adapter_files import Adapter, chosen_domain, logits_name
 from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter, tokenizer_of
 from mora_ds.common.errors import UserError
+from mora_ds.common.fetched import with_urls
 from mora_ds.common.files import as_path, atomic_folder, require_outside, require_place
 from mora_ds.common.tensor_files import compute_dtype, dtype_name, tensor_nbytes
 from mora_ds.deploy.combine import scaled
@@ -184,7 +185,7 @@ def export_merged(
             tokenizer = None
             measured = None
             facts: dict[str, Any] = {
-                "put onto": str(run.target.folder),
+                "put onto": with_urls(run.target.folder),
                 "its fingerprint": run.target.fingerprint(),
                 "scale": delta_scale,
             }

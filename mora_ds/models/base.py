@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.fetched import local
 from mora_ds.common.files import atomic_folder, read_json, stat_signature
 from mora_ds.common.tensor_files import (
     Shape,
@@ -36,7 +37,7 @@ from mora_ds.common.tensor_files import (
     shape_dtype,
     tensor_nbytes,
 )
-from mora_ds.common.untrusted import FileName, entry, expanded
+from mora_ds.common.untrusted import FileName, entry
 from mora_ds.models.stored_names import (
     is_stack,
     members_of,
@@ -88,7 +89,7 @@ class BaseCheckpoint:
         Raises `UserError` that names `flag` and the invalid file, and its subclass
         `WeightMappingError` if there are only pickled weights.
         """
-        folder = expanded(folder, flag).absolute()
+        folder = local(folder, flag).absolute()
         if not folder.is_dir():
             raise UserError(f"{flag}: no such folder: {folder}")
         if not (folder / "config.json").is_file():

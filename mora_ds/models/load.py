@@ -26,10 +26,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from mora_ds.common.errors import UserError, reason
+from mora_ds.common.fetched import local
 from mora_ds.common.files import config_names
 from mora_ds.common.rope import FLAG as ROPE
 from mora_ds.common.tensor_files import COMPUTE_DTYPES, dtype_name
-from mora_ds.common.untrusted import MAX_BYTES, expanded, parse_json, read_text
+from mora_ds.common.untrusted import MAX_BYTES, parse_json, read_text
 from mora_ds.models.base import (
     MODEL_FLAG,
     BaseCheckpoint,
@@ -43,6 +44,10 @@ from mora_ds.runtime.nodes import write_on_rank0
 from mora_ds.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
+
+
+CONFIGS = ("*.json", "*.model", "*.txt", "*.py", "*.jinja")
+"""Patterns of a model's files, but for its weights."""
 
 
 @dataclass
@@ -60,7 +65,7 @@ def resolve_folder(name: str, ranks: Ranks) -> Path:
 
     Raises `UserError` if there is neither, or if only some ranks see the folder.
     """
-    folder = ranks.agree("folder of the model", lambda: local_folder(name))
+    folder = ranks.agree("folder of the model", lambda: local_folder(name), long=True)
     kind = "no folder, so a name on the Hub" if folder is None else "a folder"
     ranks.same("the model", {f"{MODEL_FLAG} is": kind})
     if folder is not None:
@@ -75,7 +80,7 @@ def resolve_folder(name: str, ranks: Ranks) -> Path:
 
 def local_folder(name: str) -> Path | None:
     """The folder `name`; None if `name` can only be a name on the Hub."""
-    folder = expanded(name, MODEL_FLAG)
+    folder = local(name, MODEL_FLAG)
     is_model = (folder / "config.json").is_file()
     is_gguf = folder.suffix == ".gguf" and folder.exists()
     if not is_model and (is_gguf or any(folder.glob("*.gguf"))):
@@ -96,7 +101,7 @@ def local_folder(name: str) -> Path | None:
 def download_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja"]
+    wanted = ["*.safetensors", *CONFIGS]
     try:
         folder = Path(snapshot_download(name, allow_patterns=wanted))
         if not any(folder.glob("*.safetensors")):
@@ -254,7 +259,7 @@ def named_config(
 ) -> Any:
     """The config of a model folder, a Hub name or a config JSON. Needs no weights.
     Raises `UserError` that names `flag`."""
-    path = expanded(name, flag)
+    path = local(name, flag, CONFIGS)
     if path.is_file() or path.suffix == ".json":
         return read_model_config(path, flag=flag)
     return folder_config(path if path.is_dir() else name, trust_remote_code, flag)

@@ -25,7 +25,9 @@ from mora_ds.common.errors import (
     raise_validation_errors,
     unusable_words,
 )
+from mora_ds.common.fetched import local, with_urls
 from mora_ds.common.files import write_json_atomic
+from mora_ds.common.untrusted import is_url
 from mora_ds.runtime import launchers, signals
 from mora_ds.runtime.log_setup import rank, rank_prefix, set_up_logging
 from mora_ds.runtime.signals import (
@@ -114,7 +116,7 @@ def _fail(error: BaseException) -> NoReturn:
         is_shared = getattr(error, "is_shared", False)
         time.sleep(_WAIT_FOR_FAILED_RANK_S if is_shared else _WAIT_FOR_RANK_0_S)
     if expected:
-        print(f"{rank_prefix()}error: {error}", file=sys.stderr)
+        print(f"{rank_prefix()}error: {with_urls(error)}", file=sys.stderr)
     else:
         print(rank_prefix(), file=sys.stderr, end="")
         traceback.print_exception(error)
@@ -158,9 +160,45 @@ class StrictParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+class Url(str):
+    """What a flag names in place of a path that is read."""
+
+
+def source(text: str) -> Path | Url:
+    """The value of a flag that names what is read. `FetchingParser` makes a path of a
+    URL."""
+    return Url(text) if is_url(text) else Path(text)
+
+
+def path_on_disk(text: str) -> Path:
+    """The value of a flag that cannot be a URL."""
+    if is_url(text):
+        raise argparse.ArgumentTypeError(
+            "URLs are not supported; give a path on a disk"
+        )
+    return Path(text)
+
+
+class FetchingParser(argparse.ArgumentParser):
+    """Fetches what `source` flags name by URLs, once all flags are known to be
+    right."""
+
+    def parse_args(self, *arguments: Any, **more: Any) -> Any:
+        options = super().parse_args(*arguments, **more)
+
+        def fetched(value: Any) -> Any:
+            if isinstance(value, list):
+                return list(map(fetched, value))
+            return local(value) if isinstance(value, Url) else value
+
+        for name, value in vars(options).items():
+            setattr(options, name, fetched(value))
+        return options
+
+
 def command_parser(documentation: str | None) -> argparse.ArgumentParser:
     """A parser without abbreviated flags, described by a module's first line."""
-    return argparse.ArgumentParser(
+    return FetchingParser(
         description=(documentation or "").splitlines()[0], allow_abbrev=False
     )
 
@@ -170,7 +208,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 own."""
 
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
-    "--base": {"type": Path, "help": "new path of the base, if it was moved"},
+    "--base": {"type": source, "help": "new path of the base, if it was moved"},
     "--delta_scale": {
         "type": float,
         "default": 1.0,
@@ -184,17 +222,17 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     },
     "--dtype": {"choices": DTYPES, "default": "auto"},
     "--json": {
-        "type": Path,
+        "type": path_on_disk,
         "metavar": "FILE",
         "help": "also write all results to this file",
     },
     "--onto": {
-        "type": Path,
+        "type": source,
         "metavar": "DIR",
         "help": "add the update to this model of the base's shapes, such as an instruct model, instead of to the base",
     },
     "--output": {
-        "type": Path,
+        "type": path_on_disk,
         "required": True,
         "help": "folder to write; must be new or empty",
     },
@@ -206,9 +244,9 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "run code from the model's folder or repository",
     },
-    "model": {"type": Path, "metavar": "MODEL"},
+    "model": {"type": source, "metavar": "MODEL"},
     "path": {
-        "type": Path,
+        "type": source,
         "help": "ledger folder, checkpoint, or a run's output folder",
     },
 }
@@ -243,7 +281,7 @@ def say_loading() -> None:
 def say(*lines: str) -> None:
     """Print the result of a command. Raises `RunError` if stdout cannot be written."""
     try:
-        print(*lines, sep="\n", flush=True)
+        print(*map(with_urls, lines), sep="\n", flush=True)
     except OSError as error:
         raise RunError(f"stdout cannot be written: {error.strerror}") from error
 

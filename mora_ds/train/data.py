@@ -2,12 +2,12 @@
 sequences."""
 
 import logging
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.fetched import users_cache
 from mora_ds.common.files import JsonObject, json_digest
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.data import DataArguments, ModelArguments
@@ -283,8 +283,7 @@ def cache_folder(data: DataArguments) -> Path:
     """--cache_dir, or its default."""
     if data.cache_dir is not None:
         return expanded(data.cache_dir, "--cache_dir")
-    users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return expanded(users, "--cache_dir") / "mora_ds" / "tokens"
+    return users_cache() / "tokens"
 
 
 def cached(

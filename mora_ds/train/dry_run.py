@@ -12,7 +12,7 @@ from mora_ds.adapters.config import FLAGS, AdapterConfig
 from mora_ds.adapters.inject import inject
 from mora_ds.adapters.registry import Control
 from mora_ds.common.errors import UserError, named_as_flags
-from mora_ds.common.untrusted import expanded
+from mora_ds.common.fetched import local
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import ModelArguments
 from mora_ds.engine import device
@@ -21,7 +21,7 @@ from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.settings import BaseDevice
 from mora_ds.models.attention import NAME, why_dense
 from mora_ds.models.base import MODEL_FLAG
-from mora_ds.models.load import named_config, set_rope
+from mora_ds.models.load import CONFIGS, named_config, set_rope
 from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.tp_plan import tp_plan_of
 from mora_ds.parallel.ulysses_checks import check_config, describe
@@ -132,7 +132,7 @@ def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
         config = researched(config, arguments, target_plan_of(arguments))
     if not adapter.train_new_embeddings:
         return config
-    path = expanded(model, MODEL_FLAG)
+    path = local(model, MODEL_FLAG, CONFIGS)
     folder = path if path.is_dir() else path.parent
     return replace(config, new_rows_from=first_new_row(folder))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mora_ds.checkpoint.layout import BASE_FOLDER
 from mora_ds.common.errors import UserError
-from mora_ds.common.untrusted import expanded
+from mora_ds.common.untrusted import expanded, is_url
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments
 from mora_ds.config.mixture import mixture_config
@@ -52,7 +52,9 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
         if is_output or (real == output_dir and flag != _CACHE):
             raise _input_in_output(flag, named, folder)
     for flag, name in texts:
-        if name and _matches_output(_real_path(expanded(name, flag)), output_dir):
+        if not name or is_url(name):
+            continue
+        if _matches_output(_real_path(expanded(name, flag)), output_dir):
             raise _input_in_output(flag, name, folder)
 
 
@@ -109,7 +111,7 @@ def _paths(inputs: Iterable[tuple[str, str | None]]) -> Iterator[tuple[str, Path
     """(flag, path) of the files and folders that validated settings name or match by a
     pattern."""
     for flag, name in inputs:
-        if not name:
+        if not name or is_url(name):
             continue
         path = str(expanded(name, flag))
         matches = [path]

@@ -32,8 +32,9 @@ from mora_ds.checkpoint.manager import (
 from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.checkpoint.storage import local_copy, located, public_name, storage_of
 from mora_ds.common.errors import NonFatalFailure, UserError, named_as_flags
+from mora_ds.common.fetched import fetch_into, local, with_urls
 from mora_ds.common.files import MANIFEST, JsonObject, sha256_file, write_json_atomic
-from mora_ds.common.untrusted import expanded
+from mora_ds.common.untrusted import expanded, is_url
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.forgetting import Watch, change
 from mora_ds.config.lr_schedule import Schedule
@@ -49,7 +50,7 @@ from mora_ds.parallel.ulysses_checks import check_config
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.base import choose_base_device, find_model, prepare_base
-from mora_ds.train.data import RunData, load_data
+from mora_ds.train.data import RunData, cache_folder, load_data
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.metrics import MetricsLog, without_nan
 from mora_ds.train.non_fatal import non_fatal
@@ -82,6 +83,7 @@ def pretrain(arguments: Arguments, ranks: Ranks) -> JsonObject:
     output folder is then as it was; `RunError` for failures during the run.
     """
     training = arguments.training
+    fetch_into(cache_folder(arguments.data))
     with start_up():
         check_destinations(training)
         if arguments.adapter.base_bits == 4:
@@ -191,9 +193,11 @@ def _output_folder(
         facts = ranks.run_on_rank0(TARGETS, plan_facts)
         targets = None if facts is None else TargetPlan(**facts)
 
-    def reserved() -> tuple[Path | None, JsonObject | None, JsonObject]:
+    def reserved() -> tuple[str | None, JsonObject | None, JsonObject]:
         with remote.named() if remote else nullcontext():
-            return _reserve(arguments, root, ranks.world)
+            found, saved, branch = _reserve(arguments, root, ranks.world)
+        # A checkpoint at a URL may have another path on another node
+        return None if found is None else with_urls(found), saved, branch
 
     try:
         beginning = ranks.run_on_rank0("output folder", reserved, long=True)
@@ -201,7 +205,11 @@ def _output_folder(
             join(root)
         check_shared(root, ranks, "--cache_dir" if remote else "--output_dir")
         found, saved, branch = beginning
-        checkpoint = None if found is None else root / found
+
+        def own_copy() -> Path | None:
+            return None if found is None else root / local(found)
+
+        checkpoint = ranks.agree("checkpoint on every node", own_copy, long=True)
         state = None if saved is None else TrainerState(**saved)
         yield RunContext(ranks, root, checkpoint, state, branch, targets, remote)
     except BaseException:
@@ -267,13 +275,15 @@ def _branch_identity(decay_from: str, recorded: JsonObject) -> JsonObject:
     """What identifies the checkpoint of --decay_from. `recorded`: the same, of the
     branch that is resumed, whose parent may be gone once it has checkpoints of its
     own."""
-    parent = expanded(decay_from, DECAY)
+    named = Path(decay_from)
     # A link, such as RUN/checkpoints/latest, may have moved on with the parent: a
     # branch that resumes goes by its record. A name with another step than that on
     # record is refused with what else differs (`check_identity`).
-    if recorded and not is_step_name(parent.name):
+    if recorded and not is_step_name(named.name):
         return recorded
-    storage, name = located(parent)
+    if recorded and is_url(decay_from):
+        return {**recorded, BRANCH_STEP: step_of(named)}
+    storage, name = located(local(decay_from, DECAY))
     if not is_step_name(name):
         raise UserError(
             f"{DECAY} {decay_from} must be a checkpoint, such as RUN/checkpoints/step-000500"
@@ -291,7 +301,7 @@ def _branch(
     """The checkpoint of --decay_from, and its state as a branch with its checkpoints in
     `root` begins with it: without the parent's end and its failures. Raises `UserError`
     where no decay can begin there."""
-    storage, name = located(expanded(decay_from, DECAY))
+    storage, name = located(local(decay_from, DECAY))
     checkpoint = resume_checkpoint(str(storage.root / name), root, DECAY)
     assert checkpoint is not None, "only auto may find none"
     state = TrainerState.read(local_copy(checkpoint))

@@ -42,6 +42,7 @@ from mora_ds.checkpoint.sections import (
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.checkpoint.storage import local_copy, storage_of
 from mora_ds.common.errors import UserError, whole_number
+from mora_ds.common.fetched import with_urls
 from mora_ds.common.files import as_path
 from mora_ds.common.tensor_files import Tensors, dtype_name
 from mora_ds.deploy.export import export_merged
@@ -460,7 +461,8 @@ def _reference(
     first_layer = next(iter(mora_layers(model).values()))
     dtype = dtype_name(first_layer.dtype)
     changes = changes_of(model.config, base.folder)
-    return BaseReference(str(base.folder.resolve()), fingerprint, keys, dtype, changes)
+    folder = with_urls(base.folder.resolve())
+    return BaseReference(folder, fingerprint, keys, dtype, changes)
 
 
 def mapped_keys(model: Any, base: BaseCheckpoint, ranks: Ranks) -> dict[str, str]:

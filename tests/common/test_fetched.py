@@ -1,0 +1,95 @@
+"""What a URL names becomes a folder of this machine: once, complete, and anew where it has
+changed.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from mora_ds.common import fetched
+from mora_ds.common.errors import UserError
+from mora_ds.common.fetched import fetch_into, local, with_urls
+from mora_ds.common.object_store import ObjectStore, StoreError
+
+
+@pytest.fixture
+def url(tmp_path, monkeypatch):
+    """That of a run with two checkpoints."""
+    monkeypatch.setattr(fetched, "_folders", {})
+    fetch_into(tmp_path / "cache")
+    fetched._fetched.cache_clear()
+    for step in (1, 2):
+        folder = tmp_path / f"run/checkpoints/step-00000{step}"
+        folder.mkdir(parents=True)
+        (folder / "file").write_text(f"step {step}")
+    (tmp_path / "run/checkpoints/latest").write_text("step-000001")
+    return f"file://{tmp_path}/run"
+
+
+@pytest.mark.parametrize(
+    "place, content",
+    [
+        ("", "step 1"),
+        ("/checkpoints/latest", "step 1"),
+        ("/checkpoints/step-000002", "step 2"),
+        ("/checkpoints/", "step 1"),
+    ],
+)
+def test_a_url_means_what_the_same_path_means(url, place, content):
+    folder = local(url + place)
+    assert (folder / "file").read_text() == content
+    assert folder.name == f"step-00000{content[-1]}"
+    named = with_urls(f"{folder / 'file'} is damaged")
+    assert named == f"{url}/checkpoints/{folder.name}/file is damaged"
+
+
+def test_all_checkpoints_of_a_run_come_with_links(url):
+    folder = local(url, all_checkpoints=True)
+    assert (folder / "checkpoints/latest").readlink() == Path("step-000001")
+    assert (folder / "checkpoints/step-000002/file").read_text() == "step 2"
+
+
+def test_what_has_changed_is_fetched_anew_and_nothing_else(url, tmp_path, monkeypatch):
+    first = local(url)
+    gets = []
+    fetch = ObjectStore.fetch
+
+    def counted(store, names, folder):
+        gets.extend(names)
+        fetch(store, names, folder)
+
+    monkeypatch.setattr(ObjectStore, "fetch", counted)
+    fetched._fetched.cache_clear()
+    assert local(url) == first
+    assert not gets
+    (tmp_path / "run/checkpoints/step-000001/file").write_text("another")
+    fetched._fetched.cache_clear()
+    assert (local(url) / "file").read_text() == "another"
+    assert (first / "file").read_text() == "step 1"
+
+
+def test_a_half_fetched_folder_is_never_used(url, tmp_path, monkeypatch):
+    def breaks(_, names, folder):
+        (folder / names[0]).write_text("ste")
+        raise StoreError("no answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ObjectStore, "fetch", breaks)
+        with pytest.raises(StoreError, match="no answer"):
+            local(url)
+    assert not list((tmp_path / "cache").rglob("file"))
+    assert (local(url) / "file").read_text() == "step 1"
+
+
+@pytest.mark.parametrize(
+    "place, words",
+    [
+        ("/nothing", "--base file://.*: there is no such folder"),
+        ("/checkpoints/step-000002/file", "there is no such folder"),
+        ("/x?X-Amz-Signature=secret", "leave credentials out"),
+    ],
+)
+def test_a_url_of_nothing_is_an_error(url, place, words):
+    with pytest.raises(UserError, match=words) as caught:
+        local(url + place, "--base")
+    assert "secret" not in str(caught.value)
