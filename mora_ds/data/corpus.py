@@ -12,9 +12,11 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from mora_ds.common.errors import UserError, nearest, reason
+from mora_ds.common.untrusted import is_url
 from mora_ds.data.held_out import DocumentFilter
 from mora_ds.data.members import (
     DatasetMember,
@@ -30,6 +32,7 @@ from mora_ds.data.readers import (
     file_kind,
     has_known_suffix,
 )
+from mora_ds.data.remote_files import remote_members
 from mora_ds.data.token_files import TokenFile
 
 TOKEN_INDICES = (".idx", ".ds.index", ".ds.metadata")
@@ -111,9 +114,7 @@ def load_corpus(
         flag = "--dataset_name"
     with _errors_with_flag(flag):
         if dataset_name is None:
-            members = [
-                _file_member(path, text_column) for path in resolve_files(patterns)
-            ]
+            members = _file_members(patterns, text_column)
         else:
             members = [_dataset_member(dataset_name, text_column, streaming)]
     corpus = Corpus(tuple(members), text_column, flag)
@@ -125,6 +126,18 @@ def load_corpus(
 
 
 # -- files -----------------------------------------------------------------------------
+
+
+def _file_members(patterns: Sequence[str], text_column: str) -> list[Member]:
+    members: list[Member] = []
+    for at_url, group in groupby(patterns, is_url):
+        if at_url:
+            for pattern in group:
+                members += remote_members(pattern, text_column)
+        else:
+            files = resolve_files(list(group))
+            members += [_file_member(path, text_column) for path in files]
+    return members
 
 
 def resolve_files(patterns: Sequence[str]) -> list[Path]:

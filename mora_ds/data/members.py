@@ -46,8 +46,11 @@ class FileMember:
 
     def content_hash(self) -> str:
         kind = f"{file_kind(self.path)} {is_compressed(self.path)}"
-        content = f"{kind} {sha256_file(self.path)}"
+        content = f"{kind} {self.sha256()}"
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def sha256(self) -> str:
+        return sha256_file(self.path)
 
     def stat_signature(self) -> JsonObject:
         status = self.path.stat()

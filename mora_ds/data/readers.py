@@ -220,8 +220,14 @@ def _open(path: Path) -> IO[bytes]:
     compression = _COMPRESSED.get(path.suffix.lower())
     # Some stores pad files with zeros at the end. Only Python's reader accepts that.
     if compression == "gzip":
-        return io.BufferedReader(gzip.open(path))
-    return io.BufferedReader(pa.input_stream(str(path), compression), _READ_BYTES)
+        return io.BufferedReader(gzip.open(_source(path)))
+    stream = pa.input_stream(_source(path), compression)
+    return io.BufferedReader(stream, _READ_BYTES)
+
+
+def _source(path: Any) -> Any:
+    """What libraries open: a path, or the bytes of a file at a URL."""
+    return str(path) if isinstance(path, Path) else path.open()
 
 
 # -- text ------------------------------------------------------------------------------
@@ -355,7 +361,7 @@ def _parse(where: str, line: bytes) -> Any:
 
 def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Array]:
     """The text column without its first `skip` rows, in batches."""
-    with pyarrow.parquet.ParquetFile(path) as table:
+    with pyarrow.parquet.ParquetFile(_source(path)) as table:
         check_column(table.schema_arrow, text_column, str(path))
         groups = list(range(table.num_row_groups))
         while groups and skip >= (rows := table.metadata.row_group(groups[0]).num_rows):

@@ -15,8 +15,10 @@ from mora_ds.data import (
     build_cache,
     load_corpus,
     readers,
+    remote_files,
     stream,
 )
+from mora_ds.data.readers import START
 from mora_ds.data.stream import StreamPosition
 from tests.helpers.jobs import job, validation_errors_of
 from tests.helpers.mixtures import source_rows
@@ -42,6 +44,23 @@ def corpus_of(folder, kind="jsonl", count=90):
         return load_corpus(write(folder, kind, documents(count)))
     write(folder, "jsonl", documents(count))
     return load_corpus(dataset_name=str(folder), streaming=True)
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_text_at_a_url_is_that_on_a_disk(tmp_path, kind, monkeypatch):
+    """Read in short ranges, from any position."""
+    monkeypatch.setattr(remote_files, "BLOCK_BYTES", 100)
+    on_disk = corpus_of(tmp_path / "shards", kind, 20)
+    (tmp_path / "shards/notes.unknown").write_text("no text")
+    at_url = load_corpus([f"file://{tmp_path}/shards/"])
+    assert list(at_url) == list(on_disk)
+    for member, own in zip(at_url.members, on_disk.members, strict=True):
+        assert member.label == f"file://{own.label}"
+        assert member.content_hash() == own.content_hash()
+        assert member.size_bytes() == own.size_bytes()
+        for _, mark in own.documents_after(START):
+            rest = list(own.documents_after(mark))
+            assert list(member.documents_after(mark)) == rest
 
 
 @pytest.mark.parametrize("mask", [True, False])
