@@ -189,8 +189,10 @@ stray | 'stray'
 --output_dir s3://key:secret@bucket/run | --output_dir: leave credentials out of the URL
 --output_dir nowhere://bucket/run | --output_dir nowhere://bucket/run: | nowhere
 --output_dir memory://run | --output_dir memory://run: give a bucket
---resume_from_checkpoint gs://bucket/run | --resume_from_checkpoint gs://bucket/run: URLs are not supported
---train_files s3://corpus/x.txt | --train_files s3://corpus/x.txt: URLs are not supported
+--resume_from_checkpoint nowhere://bucket/run | --resume_from_checkpoint nowhere://bucket/run: | nowhere
+--train_files file:///nowhere/*.txt | --train_files: no file matches 'file:///nowhere/*.txt'
+--train_files s3://key:secret@bucket/x.txt | --train_files: | leave credentials out of the URL
+--model_name_or_path file:///nowhere/model | --model_name_or_path file:///nowhere/model: there is no such folder
 --cache_dir ~nobody5/x | --cache_dir ~nobody5/x: the home folder of
 --deepspeed ~nobody5/x | --deepspeed ~nobody5/x: the home folder of
 --model_name_or_path ~nobody5/x | --model_name_or_path ~nobody5/x: the home folder of

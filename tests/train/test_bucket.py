@@ -4,15 +4,20 @@ store fails.
 On a disk (file://) by default; the heavy tests have S3 over HTTP (moto's server).
 """
 
+import os
 import random
+import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 
+from mora_ds.checkpoint import manager
 from mora_ds.checkpoint.manager import complete_checkpoints
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common import object_store
 from mora_ds.common.errors import NonFatalFailure, UserError
+from mora_ds.common.files import read_json
 from mora_ds.train.remote_folder import RemoteFolder
 from tests.helpers.buckets import (
     SECRET,
@@ -27,6 +32,7 @@ from tests.helpers.jobs import curve, job, refused, run
 from tests.helpers.kills import killed_run
 from tests.helpers.outcome import assert_good, tree
 from tests.helpers.resume import MERGING, interrupted_job
+from tests.helpers.tools import called
 
 FLAGS = f"{MERGING} --train_norms true --mora_dropout 0.1 --save_total_limit 2"
 AUTO = "--resume_from_checkpoint auto"
@@ -141,6 +147,28 @@ def test_a_save_that_fails_costs_that_save_alone(user, tmp_path, more):
     assert not (root / "step-000004").exists()
 
 
+def forgetful_job(argv):
+    """A run whose store does not answer once, when old checkpoints are to be deleted."""
+    has_all_files = manager._has_all_files
+    fails = [object_store.StoreError("no answer")]
+
+    def failing(storage, name):
+        if fails and storage.linked("latest") == "step-000004":
+            raise fails.pop()
+        return has_all_files(storage, name)
+
+    manager._has_all_files = failing
+    return job(argv)["steps"], fails
+
+
+def test_a_deletion_that_fails_costs_no_save_and_is_tried_again(user, tmp_path):
+    url = f"file://{tmp_path}/store/run"
+    argv = user.flags(url, "--max_steps 6 --save_steps 2 --save_total_limit 1")
+    assert run_alone(forgetful_job, argv) == (6, [])
+    root = tmp_path / "store/run/checkpoints"
+    assert [path.name for path in complete_checkpoints(root)] == ["step-000006"]
+
+
 def test_a_run_whose_last_save_fails_ends_with_the_checkpoint_before(user, tmp_path):
     url = f"file://{tmp_path}/store/run"
     argv = user.flags(url, "--max_steps 3 --save_steps 2")
@@ -163,6 +191,61 @@ def test_a_url_is_given_up_although_the_last_upload_fails(tmp_path, monkeypatch)
     monkeypatch.setattr(object_store.ObjectStore, "put", fails)
     remote.close()
     assert list(tree(tmp_path / "store")) == ["run.yaml"]
+
+
+def assert_same_from_urls(user, source, url, folder, reference, wrap=()):
+    """A run of two ranks with model and text below `source` and all else at `url`, killed
+    after step 3 and resumed from the URL of its checkpoint, is that on a disk: curve and
+    checkpoints, but for the model's place. So is one on a disk that goes on from it, and
+    what commands on a new machine make of it.
+    """
+    own = [word.replace(str(user.root), source) for word in user.flags(url, FLAGS)]
+    argv = [*own, "--cache_dir", str(folder / "cache")]
+    resume = "--resume_from_checkpoint"
+    run_ranks(2, *wrap, interrupted_job, argv, 3)
+    run_ranks(2, *wrap, job, [*argv, resume, f"{url}/checkpoints/latest"])
+    stored = downloaded(url, folder / "run")
+    assert curve(stored) == curve(reference)
+    assert_equal_but_for_the_base(stored, reference)
+    base = read_json(stored / "checkpoints/latest/base.json")["folder"]
+    assert base == f"{source}/model"
+    elsewhere = user.flags(folder / "elsewhere", FLAGS)
+    step = f"{url}/checkpoints/step-000008"
+    run_ranks(2, *wrap, job, [*elsewhere, resume, step])
+    assert_equal_but_for_the_base(folder / "elsewhere", reference, "step-000009")
+
+    def printed_by(*command):
+        new = {**os.environ, "XDG_CACHE_HOME": str(folder / "new_machine")}
+        done = called([sys.executable, "-m", "mora_ds", *command], env=new)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    merged = folder / "merged"
+    text = printed_by(
+        "export", "--checkpoint", url, "--output", str(merged), "--verify"
+    )
+    assert "verification passed" in text
+    weights = "model.safetensors"
+    of_run = (reference / "merged" / weights).read_bytes()
+    assert (merged / weights).read_bytes() == of_run
+    assert f"{source}/model" in (merged / "README.md").read_text()
+    assert f"{url}/checkpoints/step-000009: good, latest" in printed_by("verify", url)
+
+
+def assert_equal_but_for_the_base(folder, reference, name=""):
+    contents = tree(folder / "checkpoints" / name)
+    expected = tree(reference / "checkpoints" / name)
+    assert contents.keys() == expected.keys()
+    for file in contents:
+        if Path(file).name not in ("base.json", "manifest.json"):
+            assert contents[file] == expected[file], file
+
+
+@pytest.mark.heavy(seconds=40)
+def test_a_run_whose_inputs_are_at_urls_is_that_on_a_disk(user, reference, tmp_path):
+    source = f"file://{user.root}"
+    url = f"file://{tmp_path}/store/run"
+    assert_same_from_urls(user, source, url, tmp_path, reference)
 
 
 # -- S3 --------------------------------------------------------------------------------
@@ -265,3 +348,19 @@ def test_a_bucket_that_becomes_read_only_ends_the_run_with_complete_checkpoints(
     s3_again = [*argv, *AUTO.split()]
     (summary, _) = run_ranks(2, s3_job, s3.endpoint, job, s3_again)
     assert summary["steps"] == 6
+
+
+@pytest.mark.heavy(seconds=90)
+@pytest.mark.timeout(900)
+def test_a_run_from_bucket_to_bucket_is_that_on_a_disk(
+    user, reference, s3, bucket, tmp_path
+):
+    """And no credentials are in anything that it has written."""
+    source = f"{bucket}-inputs"
+    for path in (user.model, user.train, user.held, user.other):
+        target = f"{source}/{path.relative_to(user.root)}"
+        fsspec.filesystem("s3").put(str(path), target, recursive=True)
+    wrap = (s3_job, s3.endpoint)
+    assert_same_from_urls(user, source, bucket, tmp_path, reference, wrap)
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
