@@ -1,6 +1,7 @@
 """The documentation's commands, run as they stand, on what the demo leaves behind.
 
-A block with the comment `run: demo` before it is run, page by page and in order, in a
+A block with the comment `run: bucket` has a server of S3.
+One with `run: demo` before it is run, page by page and in order, in a
 folder that looks like a checkout in which the demo has just finished; `run: ci` is what
 .ci/run runs, and `not run: ...` says why not. Longer runs are cut to a few steps. Of one
 run the guide to a healthy run shows the first and the last lines.
@@ -11,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from mora_ds.common.files import read_json
@@ -21,6 +23,8 @@ pytestmark = [pytest.mark.heavy(seconds=120), pytest.mark.timeout(1200)]
 
 BLOCK = re.compile(r"<!-- run: demo -->\n```(bash|python)\n(.*?)```", re.DOTALL)
 WITH_COMMANDS = [page for page in PAGES if BLOCK.search(page.read_text())]
+
+AT_BUCKETS = re.compile(r"<!-- run: bucket -->\n```bash\n(.*?)```", re.DOTALL)
 
 PRINTED = re.compile(
     r"<!-- run: terminal -->\n```bash\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL
@@ -70,6 +74,23 @@ def checkout(tmp_path_factory):
 def test_the_commands_of_a_page_run(checkout, page):
     for language, script in BLOCK.findall(page.read_text()):
         run(checkout, re.sub(r"--max_steps \d+", "--max_steps 6", script), language)
+
+
+def test_the_commands_for_buckets_run(user, s3, tmp_path):
+    store = fsspec.filesystem("s3")
+    store.mkdir("bucket")
+    inputs = {
+        "model": user.model,
+        "corpus/a.jsonl": user.train,
+        "held.txt": user.held,
+    }
+    for name, path in inputs.items():
+        store.put(str(path), f"bucket/{name}", recursive=True)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    page = (ROOT / "docs/guides/buckets.md").read_text()
+    (script,) = AT_BUCKETS.findall(page)
+    run(tmp_path, re.sub(r"--max_steps \d+", "--max_steps 4", script))
+    assert (tmp_path / "merged/model.safetensors").is_file()
 
 
 def test_a_run_prints_what_the_page_shows(checkout):

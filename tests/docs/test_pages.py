@@ -90,7 +90,7 @@ def test_every_block_of_commands_says_whether_it_is_run():
                 mark = lines[number - 1]
                 if (
                     not re.fullmatch(
-                        r"<!-- (run: (demo|ci|terminal)|not run: .+) -->", mark
+                        r"<!-- (run: (demo|ci|terminal|bucket)|not run: .+) -->", mark
                     )
                     and page.name != "CONTRIBUTING.md"
                 ):
