@@ -16,6 +16,7 @@ import fsspec
 import pytest
 
 from mora_ds.common.files import read_json
+from tests.helpers.gloo import free_port
 from tests.helpers.pages import PAGES, ROOT
 from tests.helpers.tools import called
 
@@ -89,6 +90,7 @@ def test_the_commands_for_buckets_run(user, s3, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     page = (ROOT / "docs/guides/buckets.md").read_text()
     (script,) = AT_BUCKETS.findall(page)
+    script = script.replace("--num_gpus 2", f"--num_gpus 2 --master_port {free_port()}")
     run(tmp_path, re.sub(r"--max_steps \d+", "--max_steps 4", script))
     assert (tmp_path / "merged/model.safetensors").is_file()
 
