@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mora_ds.checkpoint import manager
+from mora_ds.common.object_store import ObjectStore
 from mora_ds.runtime import exchange, ranks
 
 COLLECTIVES = (
@@ -39,6 +40,10 @@ class Spent:
     """CPU seconds of all threads."""
     files: int = 0
     """Distinct files under the watched folder that were opened."""
+    requests: int = 0
+    """Of object stores."""
+    nbytes: int = 0
+    """Sent to object stores, and read from them."""
 
 
 @dataclass
@@ -85,6 +90,9 @@ class OneRank:
         lengths.get_lst_from_rank0 = lambda value: value
         lengths.assert_lst_len_same_as_other_ranks = lambda value: None
         sys.addaudithook(self._audit)
+        self._counted = Spent()
+        self._call = ObjectStore._call
+        ObjectStore._call = self._counting()  # type: ignore[method-assign]
 
     @contextmanager
     def phase(self) -> Iterator[Spent]:
@@ -92,10 +100,40 @@ class OneRank:
         spent = Spent()
         self._paused = 0.0
         self._files.clear()
+        self._counted = spent
         began = time.process_time()
         yield spent
+        self._counted = Spent()
         spent.cpu_s = time.process_time() - began - self._paused
         spent.files = len(self._files)
+
+    def _counting(self) -> Callable[..., Any]:
+        """`ObjectStore._call`, counted as S3 would: a page of a listing has 1,000
+        names."""
+
+        def call(store: ObjectStore, method: str, *arguments: Any, **more: Any) -> Any:
+            counted = self._counted
+            counted.requests += 1
+            result = self._call(store, method, *arguments, **more)
+            requests = 1
+            nbytes = 0
+            if method == "get":
+                sizes = [os.path.getsize(path) for path in arguments[1]]
+                requests = len(sizes)
+                nbytes = sum(sizes)
+            elif method == "find":
+                requests = -(-len(result) // 1000) or 1
+            elif method == "put_file":
+                nbytes = os.path.getsize(arguments[0])
+            elif method == "pipe_file":
+                nbytes = len(arguments[1])
+            elif method == "cat_file":
+                nbytes = len(result)
+            counted.requests += requests - 1
+            counted.nbytes += nbytes
+            return result
+
+        return call
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and str(arguments[0]).startswith(str(self.folder)):
@@ -150,6 +188,9 @@ class OneRank:
             return work()
         with self.outside_of_the_clock():
             files = set(self._files)
+            counted = self._counted
+            self._counted = Spent()
             text = pickle.dumps(work())
+            self._counted = counted
             self._files &= files
         return pickle.loads(text)

@@ -43,8 +43,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import mora_ds
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.checkpoint.layout import ENGINE_TAG, STATE_FILE
-from mora_ds.checkpoint.manager import CheckpointManager
+from mora_ds.checkpoint.layout import CHECKPOINTS, ENGINE_TAG, LATEST, STATE_FILE
+from mora_ds.checkpoint.manager import CheckpointManager, resume_checkpoint
 from mora_ds.checkpoint.sections import full_sections
 from mora_ds.checkpoint.shard_table import (
     COLUMNS,
@@ -58,7 +58,9 @@ from mora_ds.checkpoint.shard_table import (
     RankShard,
 )
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.checkpoint.storage import LocalStorage
+from mora_ds.checkpoint.storage import bind, storage_of
+from mora_ds.common.fetched import _fetched as fetched_once
+from mora_ds.common.fetched import fetch_into, local
 from mora_ds.common.files import (
     MANIFEST,
     facts_of,
@@ -73,6 +75,7 @@ from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
 from mora_ds.runtime.ranks import Ranks
+from mora_ds.train.remote_folder import RemoteFolder
 from mora_ds.train.run import Run, RunOptions
 from tools.bench.measuring import llama_config, zero3_config
 from tools.bench.one_rank import OneRank, Spent
@@ -90,6 +93,8 @@ MODELS: dict[str, tuple[LlamaConfig, int, int]] = {
 """Name -> (config, rank of the adapter, decoder layers whose matrices are saved)."""
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
 WITH_RANK_0 = "zero3.json"
+STORED = "7B-r8"
+"""The model whose checkpoints are put into a store."""
 Table = dict[tuple[str, str, int], dict[str, Spent]]
 """Phase, setting and rank -> model with number of ranks -> what was spent."""
 PHASES = ("start", "step", "save", "resume", "merge")
@@ -133,7 +138,26 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
     for layers in ADAPTED:
         by_cycle += _forked(folder, _by_cycle, layers)
     report.show("CPU seconds of a merge and a replay", by_cycle)
+    _measure_store(options, folder, report)
     report.write()
+
+
+def _measure_store(options: argparse.Namespace, folder: Path, report: Report) -> None:
+    """Requests and bytes of ranks whose checkpoints and model are in a store."""
+    base = folder / "stored_base"
+    _write_base(base, MODELS[STORED][0])
+    table: Table = {}
+    for world, rank in itertools.product(options.ranks, (0, 1)):
+        spent_in = _forked(folder, _in_store, base, STORED, world, rank)
+        print(f"in a store, {world:,} ranks, rank {rank}: {spent_in}", flush=True)
+        for phase, spent in spent_in.items():
+            line = (phase, WITH_RANK_0, rank)
+            table.setdefault(line, {})[f"{world:,} ranks"] = spent
+    report.show("requests/MB", _rows(table, _traffic_cell))
+
+
+def _traffic_cell(spent: Spent) -> str:
+    return f"{spent.requests:,}/{spent.nbytes / 1e6:,.1f}"
 
 
 def _rows(table: Table, cell: Callable[[Spent], str]) -> list[list[str]]:
@@ -225,6 +249,46 @@ def _one(
     return spent_in
 
 
+def _in_store(
+    folder: Path, base: Path, model: str, world: int, rank: int
+) -> dict[str, Spent]:
+    """What a rank asks of a store: of ZeRO-3, with the model of one decoder layer."""
+    torch.set_num_threads(1)
+    config, lora_rank, saved_layers = MODELS[model]
+    one = OneRank(rank, world, folder)
+    sides = _sides(config, lora_rank)
+    numels = [side**2 for side in sides] * config.num_hidden_layers
+    ds_config = load_ds_config(ROOT / "configs" / WITH_RANK_0)
+    completed = _completed(ds_config, numels, world)
+    engine = _engine(_MatrixModel(config, sides, saved_layers), completed)
+    _step(one, engine, times=1)
+    url = f"file://{folder}/store"
+    remote = RemoteFolder(url, folder)
+    root = remote.folder / CHECKPOINTS
+    bind(root, f"{url}/{CHECKPOINTS}")
+    fetch_into(folder)
+    spent_in: dict[str, Spent] = {}
+    if rank:  # what rank 0 has done before
+        local(f"file://{base}")
+        fetched_once.cache_clear()
+        root.parent.mkdir()
+    with one.phase() as spent_in["start"]:
+        if rank == 0:
+            remote.open()
+            remote.begin(overwrites=False)
+        local(f"file://{base}")
+    store = folder / "store" / CHECKPOINTS
+    spent_in["save"], saved = _save(one, engine, root, 3, store)
+    with one.phase() as spent_in["resume"]:
+        if rank == 0:
+            resume_checkpoint(LATEST, root)
+        state = TrainerState.read(saved)
+        _manager(engine, root, state).load(root / saved.name)
+    if rank == 0:
+        remote.close()
+    return spent_in
+
+
 class _MatrixLayer(nn.Module):
     def __init__(self, side: int) -> None:
         super().__init__()
@@ -290,9 +354,13 @@ def _step(one: OneRank, engine: Any, times: int = WARM_UP + STEPS) -> Spent:
     return steps[-1]
 
 
-def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Path]:
-    """(what it took, the checkpoint with the other ranks' files and the table added)"""
-    writing = root / ".step-000001.writing"
+def _save(
+    one: OneRank, engine: Any, root: Path, stage: int, store: Path | None = None
+) -> tuple[Spent, Path]:
+    """(what it took, the checkpoint with the other ranks' files and the table added).
+    `store`: the folder where a store has what belongs to `root`."""
+    final = (store or root) / "step-000001"
+    writing = final if store else root / ".step-000001.writing"
     # Under ZeRO-3 a parameter is empty but for its partition
     size_of = attrgetter("ds_numel") if stage == 3 else nn.Parameter.numel
     sizes = np.array([size_of(parameter) for parameter in engine.module.parameters()])
@@ -318,10 +386,11 @@ def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Pat
         writing.mkdir(parents=True)
     manager = _manager(engine, root, state)
     with one.phase() as spent:
-        final = manager.save(1)
+        manager.save(1)
     if one.rank:  # what rank 0 would have added
         everyone = [share_of(one.gathered, rank) for rank in range(one.world)]
-        writing.rename(final)
+        if store is None:
+            writing.rename(final)
         shards = [next(filter(None, facts)) for _, facts in everyone]
         table = EngineShards.of(final / ENGINE_TAG, layout_of(engine), shards)
         table.write_table(table.where)
@@ -335,7 +404,7 @@ def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Pat
 
 def _manager(engine: Any, root: Path, state: TrainerState) -> CheckpointManager:
     sections = full_sections(engine, state)
-    return CheckpointManager(LocalStorage(root), sections, Ranks.current())
+    return CheckpointManager(storage_of(root), sections, Ranks.current())
 
 
 def _renamed(name: str, rank: int, other_rank: int) -> str:
