@@ -25,8 +25,10 @@ from mora_ds.common.errors import RunError
 from mora_ds.common.untrusted import parse_json, shown
 
 MAX_BYTES = 256 * 2**20
-"""The most that one rank may tell at once. The table of a checkpoint of thousands of
-ranks takes some MiB."""
+"""The most that rank 0 takes at once, besides `BYTES_OF_EACH` rank. The table of a
+checkpoint of thousands of ranks takes some MiB."""
+BYTES_OF_EACH = 8 * 2**20
+"""The tokens of a streamed batch (`data.readers.BATCH_CHARACTERS`) take 5.6 MiB at most."""
 _LAZY = "TORCH_GLOO_LAZY_INIT"
 
 
@@ -69,7 +71,7 @@ def gather_to_rank0(value: Any, group: Any) -> list[Any] | None:
         if rank + step < world:
             size = torch.zeros(1, dtype=torch.int64)
             dist.recv(size, rank + step, group)
-            data = _room(size, world)
+            data = _room(size, world, len(text))
             dist.recv(data, rank + step, group)
             text += b"," + data.numpy().tobytes()
         step *= 2
@@ -97,10 +99,10 @@ def broadcast(text: bytes, group: Any) -> bytes:
     return data.numpy().tobytes()
 
 
-def _room(size: Tensor, ranks: int) -> Tensor:
-    """Memory for a message of this size."""
+def _room(size: Tensor, ranks: int, held: int = 0) -> Tensor:
+    """Memory for a message of this size, besides the bytes that are held already."""
     announced = int(size)
-    if not 0 <= announced <= MAX_BYTES * ranks:
+    if not 0 <= announced <= MAX_BYTES + ranks * BYTES_OF_EACH - held:
         raise RunError(
             f"another rank announces a message of {announced:,} bytes: does another program use the port of this run?"
         )

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mora_ds.common.errors import RunError
-from mora_ds.runtime.exchange import MAX_BYTES, decode, encode
+from mora_ds.runtime.exchange import BYTES_OF_EACH, MAX_BYTES, decode, encode
 from mora_ds.runtime.ranks import Ranks
 from tests.helpers import gloo
 from tests.helpers.errors import run_error
@@ -45,13 +45,14 @@ def send_pickle_in_place_of_json(marker):
 
 
 def announce_too_much(marker):
-    dist.send(torch.tensor([2 * MAX_BYTES + 1]), 0)
+    """No more than two ranks may, but for what rank 0 tells itself."""
+    dist.send(torch.tensor([MAX_BYTES + 2 * BYTES_OF_EACH]), 0)
 
 
 ATTACKS = {
     send_objects: "does another program use its port",
     send_pickle_in_place_of_json: "does another program use its port",
-    announce_too_much: "announces a message of 536,870,913 bytes",
+    announce_too_much: "announces a message of 285,212,672 bytes",
 }
 
 
