@@ -103,7 +103,8 @@ class CheckpointManager:
         written = f".{final}{WRITING}"
         clean = files.disk_errors(self.storage.root)(lambda: self._clean(written))
         with self._deleted_on_failure(written), files.disk_errors(self.storage.root):
-            self._ranks.agree(f"checkpoint {final}, folder", clean)
+            # To list and delete may take long in a bucket
+            self._ranks.agree(f"checkpoint {final}, folder", clean, long=True)
             work = self._prepared(written, step, keep, best)
             if self._background is None:
                 work()

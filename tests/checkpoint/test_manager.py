@@ -4,16 +4,19 @@ what a full disk does.
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.checkpoint import storage as storages
-from mora_ds.checkpoint.manager import complete_checkpoints
+from mora_ds.checkpoint.manager import CheckpointManager, complete_checkpoints
 from mora_ds.common.files import verify_manifest
+from mora_ds.runtime.ranks import Ranks
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import job, refused
+from tests.helpers.pool import run_pooled
 
 # -- what it holds ---------------------------------------------------------------------
 
@@ -53,6 +56,18 @@ def test_its_files_and_links_on_a_disk(golden):
     assert (checkpoint / "ledger" / cycle.name).samefile(cycle), (
         "a link, not a copy a checkpoint"
     )
+
+
+def save_after_a_slow_listing(root):
+    storage = storages.LocalStorage(root)
+    storage.repair = lambda: time.sleep(2)
+    return CheckpointManager(storage, [], Ranks.current(timeout_s=1.0)).save(1)
+
+
+def test_a_slow_listing_on_rank_0_is_waited_for(tmp_path):
+    assert run_pooled(2, save_after_a_slow_listing, tmp_path) == 2 * [
+        tmp_path / "step-000001"
+    ]
 
 
 def flushed_job(argv):
