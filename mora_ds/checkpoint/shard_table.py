@@ -43,7 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mora_ds.common.errors import UserError
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import (
     FORMAT,
     JsonObject,
@@ -75,6 +75,8 @@ parameter, of which the ranks RANK, RANK + STRIDE, ... hold one each: index of t
 parameter's name; first element of the run and number of elements of each extent; the
 flat tensor in each rank's file, and the offset in that."""
 COLUMNS = 8
+MAX_ORIGINS = 64 * 1_000_000
+"""The most bytes that the origins of a rank are unpacked to, which another process sends."""
 
 
 def _moved(runs: np.ndarray, steps: int | np.ndarray) -> np.ndarray:
@@ -141,7 +143,13 @@ class RankShard(NamedTuple):
     def run(self, count: int) -> np.ndarray:
         """Runs (P, 8) of this rank and those after it that have the same origins,
         `count` ranks in all."""
-        origins = np.frombuffer(zlib.decompress(self.origins), np.int64)
+        unpacker = zlib.decompressobj()
+        unpacked = unpacker.decompress(self.origins, MAX_ORIGINS)
+        if unpacker.unconsumed_tail:
+            raise RunError(
+                f"{self.file} is said to have more than {MAX_ORIGINS // 64:,} extents"
+            )
+        origins = np.frombuffer(unpacked, np.int64)
         runs = _moved(origins.reshape(-1, COLUMNS), self.rank // self.stride)
         runs[:, COUNT] = count
         return runs

@@ -4,6 +4,7 @@ and no more memory is taken than a rank's message may have.
 
 import os
 import pickle
+import zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mora_ds.checkpoint.shard_table import MAX_ORIGINS, RankShard
 from mora_ds.common.errors import RunError
 from mora_ds.runtime.exchange import BYTES_OF_EACH, MAX_BYTES, decode, encode
 from mora_ds.runtime.ranks import Ranks
@@ -189,3 +191,9 @@ CRAFTED = (
 def test_what_no_rank_sends_is_refused(crafted):
     with run_error("does another program use its port"):
         decode(crafted)
+
+
+def test_the_extents_of_a_rank_are_unpacked_to_a_bound():
+    shard = RankShard(0, "a", 1, zlib.compress(bytes(MAX_ORIGINS + 64)), "")
+    with run_error("a is said to have more than 1,000,000 extents"):
+        shard.run(1)
