@@ -227,7 +227,11 @@ def at_work(folder: Path) -> Iterator[None]:
 
 def is_abandoned(folder: Path) -> bool:
     """Whether `folder` is not empty and no process is `at_work` in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        # It is no folder, or gone
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return any(folder.iterdir())

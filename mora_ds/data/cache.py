@@ -45,6 +45,7 @@ from mora_ds.common.files import (
     fsync_tree,
     is_abandoned,
     json_digest,
+    read_json,
 )
 from mora_ds.data.content_index import content_hashes, writable
 from mora_ds.data.corpus import Corpus
@@ -92,7 +93,7 @@ class TokenCache:
     @classmethod
     def open(cls, folder: Path, members: Sequence[Any] = ()) -> TokenCache:
         """`members`: its token files, if they are read in place."""
-        meta = _meta(folder)
+        meta = read_json(folder / META)
         ends = np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r")
         tokens: np.ndarray | TokensInPlace
         if "dtypes" in meta:
@@ -210,7 +211,7 @@ def build_cache(
     if missing:
         _remove_leftovers(cache_dir)
         _build_all(missing, encoder, num_proc, progress)
-    metas = [_meta(part.folder) for part in parts]
+    metas = [read_json(part.folder / META) for part in parts]
     if not any(meta["documents"] for meta in metas):
         excluded = "" if corpus.keep is None else f", or excluded by {corpus.keep}"
         raise UserError(f"{corpus.flag}: every document is empty{excluded}")
@@ -225,15 +226,11 @@ def build_cache(
     )
 
 
-def _meta(folder: Path) -> Any:
-    return json.loads((folder / META).read_text())
-
-
 def damage(folder: Path, hashed_bytes: int = HASHED_BYTES) -> str | None:
     """Verify the sizes of the cache in `folder`, and its hashes if it has at most
     `hashed_bytes`. Returns the problem, or None."""
     try:
-        meta = _meta(folder)
+        meta = read_json(folder / META)
         settings = meta["settings"]
         if _key(settings) != folder.name:
             return f"{META} is not what was written"

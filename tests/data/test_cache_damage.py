@@ -66,6 +66,20 @@ def test_an_entry_that_is_a_pipe_is_not_waited_for(build):
     assert entry.read_text() == content
 
 
+@pytest.mark.parametrize("name", ["meta.json", "../left.partial-0"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_never_ends_is_not_read_in_a_shared_cache(build, name, kind):
+    folder = build().folder
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    (folder / "documents.bin").unlink()  # so that it is built again
+    assert build().n_documents
+
+
 @pytest.mark.parametrize("where", [0.1, 0.3, 0.6, 0.9])
 def test_a_damaged_entry_of_the_index_is_not_believed(build, where):
     """A wrong entry would name another cache, and so another run."""
