@@ -25,6 +25,9 @@ _INDICES = {".bin": ".idx", ".ds": ".ds.index", ".npy": None}
 
 CHUNK = 1 << 22
 """Tokens that are checked at once."""
+_INDEX_BYTES = 10
+"""Bytes of an index for a byte of tokens, at most: 20 for a document of one token of 16
+bits."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ def _bounds(file: TokenFile, encoder: Encoder) -> tuple[str, np.ndarray | None]:
             raise UserError("numpy.save wrote it; write ids alone (numpy's tofile)")
         return encoder.dtype, None
     path = file.index.path
+    if path.stat().st_size > 64 + _INDEX_BYTES * file.size_bytes():
+        raise UserError(f"{path} is larger than the index of so few tokens can be")
     if path.suffix == ".idx":
         return _megatron_bounds(path)
     ends = np.fromfile(path, "<i8")

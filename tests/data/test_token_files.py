@@ -2,6 +2,7 @@
 place, and an error that names what is wrong with a file.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -243,6 +244,14 @@ def test_a_truncated_file_is_named(tmp_path, build, kind):
                 build(path)
         file.write_bytes(content)
     assert build(path).n_documents == 3
+
+
+@pytest.mark.parametrize("kind, index", [("bin", "a.idx"), ("ds", "a.ds.index")])
+def test_an_index_that_is_too_large_is_not_read(tmp_path, kind, index):
+    path = write_tokens(tmp_path, kind, IDS)
+    os.truncate(tmp_path / index, 2**40)
+    with user_error(rf"{index} is larger than the index of so few tokens can be"):
+        load_corpus([str(path)]).members[0].documents(None)
 
 
 def test_ids_of_32_bits_are_not_read_as_twice_as_many(tmp_path, build):
