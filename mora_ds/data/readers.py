@@ -38,6 +38,10 @@ BATCH_CHARACTERS = 1 << 18
 LINE_BYTES = 32 << 20
 """Maximum length of a JSON line, and of a text in a table."""
 
+EXPANSION = 256
+"""How many times its size a compressed column of text may have; zstd makes 30,000 of
+zeros, and 3 to 10 of text."""
+
 _READ_BYTES = 1 << 20
 ROWS_PER_BATCH = 4
 """Rows of a table that are decoded at once: a short file may have one long text in every
@@ -363,6 +367,7 @@ def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Arr
     """The text column without its first `skip` rows, in batches."""
     with pyarrow.parquet.ParquetFile(_source(path)) as table:
         check_column(table.schema_arrow, text_column, str(path))
+        _check_expansion(table.metadata, text_column, path)
         groups = list(range(table.num_row_groups))
         while groups and skip >= (rows := table.metadata.row_group(groups[0]).num_rows):
             groups.pop(0)
@@ -374,6 +379,22 @@ def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Arr
         for batch in table.iter_batches(ROWS_PER_BATCH, groups, columns):
             yield batch.column(0).slice(skip)
             skip = max(skip - len(batch), 0)
+
+
+def _check_expansion(metadata: Any, text_column: str, path: Path) -> None:
+    """Raise `UserError` for text that may take any memory: a page is unpacked as a
+    whole."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            size = column.total_uncompressed_size
+            is_text = column.path_in_schema == text_column
+            if is_text and size > max(
+                LINE_BYTES, EXPANSION * column.total_compressed_size
+            ):
+                raise UserError(
+                    f"{path}: column {text_column!r} is unpacked to more than {EXPANSION} times its size, {size:,} "
+                    "bytes; write the file without compression"
+                )
 
 
 def read_rows(label: str, columns: Iterable[pa.Array], row: int) -> MarkedDocuments:

@@ -165,3 +165,11 @@ def test_suffixes_say_what_a_file_is(tmp_path):
     assert kinds == ["text", "json", "json", "parquet"]
     assert readers.is_compressed(Path("a.ZST"))
     assert not readers.is_compressed(Path("a.zst.txt"))
+
+
+def test_a_table_that_is_unpacked_to_any_size_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["a" * (readers.LINE_BYTES + 1)]})
+    pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False)
+    with user_error("column 'text' is unpacked to more than 256 times its size"):
+        next(readers.read_file(path, "text", readers.START))
