@@ -1,5 +1,6 @@
 """Object stores and leases: retries, wrong URLs, and who may write."""
 
+import os
 import time
 from pathlib import Path
 
@@ -57,6 +58,13 @@ def test_what_fails_for_good_is_an_error(store, monkeypatch, error, tried):
     with pytest.raises(StoreError, match=r"file://.*/store: pipe_file failed: no way"):
         store.write("a", b"")
     assert len(left) == 9 - tried
+
+
+def test_of_an_object_as_large_as_the_store_a_name_is_read(store, tmp_path):
+    store.write("latest", b"step-000001")
+    assert store.read("latest") == b"step-000001"
+    os.truncate(tmp_path / "store/latest", 2**40)
+    assert len(store.read("latest")) < 10_000
 
 
 def test_a_part_of_a_file_does_not_stay(store, monkeypatch, tmp_path):
