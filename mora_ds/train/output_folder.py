@@ -226,6 +226,13 @@ def _check_owned(folder: Path) -> None:
     """Raise `UserError` for a folder with any of the names and no run that has made
     them."""
     present = _present(folder, (*NAMES, ASIDE, DELETING))
+    for name in (*present, f"{LEDGER_FOLDER}/{SUMS_FOLDER}"):
+        # What is written, moved or deleted through a link is not the run's
+        if (folder / name).is_symlink():
+            raise UserError(
+                f"--output_dir {folder}: {name} is a link, and a run writes through none: put what it names in its "
+                "place, or choose another folder"
+            )
     has_run = holds_run(folder) or holds_run(folder / ASIDE) or _starting(folder)
     if present and not has_run:
         way_on = ""

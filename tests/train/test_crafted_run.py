@@ -3,6 +3,7 @@ nothing in them waits or is written through.
 """
 
 import os
+import shutil
 from unittest import mock
 
 import pytest
@@ -36,12 +37,28 @@ def test_overwriting_leaves_what_no_run_makes(tmp_path, name):
         forget(out)
 
 
-def test_a_link_to_another_run_s_settings_is_no_run(tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    [".overwritten", ".deleting", "ledger", "ledger/sums", "checkpoints", "base"],
+)
+def test_nothing_is_moved_deleted_or_written_through_a_linked_folder(tmp_path, name):
+    other = a_run(tmp_path / "other")
+    out = a_run(tmp_path / "out")
+    shutil.rmtree(out / name, ignore_errors=True)
+    (out / name).symlink_to(other)
+    with (
+        untouched(other),
+        user_error(f"{name} is a link, and a run writes through none"),
+    ):
+        prepared(out, False, True)
+
+
+def test_a_link_to_another_run_s_settings_is_refused(tmp_path):
     other = a_run(tmp_path / "other")
     out = tmp_path / "out"
     put(out, "metrics.jsonl", "mine")
     (out / "run.yaml").symlink_to(other / "run.yaml")
-    with untouched(tmp_path), user_error("no run that has made it"):
+    with untouched(tmp_path), user_error("run.yaml is a link"):
         prepared(out, True, False)
 
 
