@@ -38,12 +38,13 @@ from mora_ds.common.files import (
     JsonObject,
     as_path,
     atomic_path,
+    await_file,
     file_problem,
     link_or_copy,
     malformed,
     read_formatted,
     sha256_file,
-    write_json_atomic,
+    write_compact_json,
 )
 from mora_ds.common.tensor_files import SafetensorsWriter, open_safetensors, shape_dtype
 from mora_ds.common.untrusted import Count, FileName, entry, plain_json, shown, typed
@@ -259,16 +260,28 @@ class Ledger:
         not finite; the ledger is then unchanged.
         """
         cycle = self.cycles
-        path = self.folder / f"cycle-{cycle:05d}.safetensors"
+        path = self.folder / _cycle_file(cycle)
         with atomic_path(path) as temporary:
             _write_cycle(temporary, cycle, step, layers, mora_matrices)
             sha256 = sha256_file(temporary)
             size = temporary.stat().st_size
-        chain = _link(self.head, sha256)
-        record = CycleRecord(cycle, step, path.name, sha256, size, chain)
+        record = self._next(step, sha256, size)
         self._write([*self._records, record])
         self._records.append(record)
         return cycle
+
+    def follow(self, step: int, sha256: str, size: int) -> None:
+        """Note the cycle that another process has appended. Reads nothing of earlier
+        ones, so that a merge costs the same however many there are. Raises `RunError`
+        where its file does not come in sight."""
+        record = self._next(step, sha256, size)
+        await_file(self.folder / record.file, size)
+        self._records.append(record)
+
+    def _next(self, step: int, sha256: str, size: int) -> CycleRecord:
+        cycle = self.cycles
+        chain = _link(self.head, sha256)
+        return CycleRecord(cycle, step, _cycle_file(cycle), sha256, size, chain)
 
     def copy_to(self, folder: Path) -> Ledger:
         """Copies the ledger over another folder's, by hard links where possible.
@@ -314,7 +327,7 @@ class Ledger:
         path = self.folder / LEDGER_FILE
         chain = self.base_fingerprint
         for expected, record in enumerate(self._records):
-            file = f"cycle-{expected:05d}.safetensors"
+            file = _cycle_file(expected)
             if record.cycle != expected or record.file != file:
                 raise UserError(
                     f"{path} has a hole: cycle {expected} is missing, {record.file} comes next"
@@ -347,7 +360,12 @@ class Ledger:
 
     def _write(self, records: Sequence[CycleRecord]) -> None:
         ledger = Ledger(self.folder, self.base_fingerprint, records)
-        write_json_atomic(self.folder / LEDGER_FILE, ledger.to_dict())
+        with atomic_path(self.folder / LEDGER_FILE) as temporary:
+            write_compact_json(temporary, ledger.to_dict())
+
+
+def _cycle_file(cycle: int) -> str:
+    return f"cycle-{cycle:05d}.safetensors"
 
 
 def _link(chain: str, sha256: str) -> str:

@@ -25,8 +25,8 @@ from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.inject import mora_layers, set_cycle
 from mora_ds.adapters.layer import MergeNorms
 from mora_ds.adapters.ops.spec import Update
-from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.files import JsonObject, await_readable
+from mora_ds.common.errors import RunError
+from mora_ds.common.files import JsonObject
 from mora_ds.common.tensor_files import Tensors, tensor_nbytes
 from mora_ds.engine import zero
 from mora_ds.engine.layer_prefetcher import prefetcher_of
@@ -270,21 +270,21 @@ class ReMoRA:
         entries: Layers,
         mora_matrices: Tensors,
     ) -> None:
-        """Rank 0 appends the cycle to the ledger, and all ranks read it."""
-        cycle = self.cycle
-        before = self.ledger
+        """Rank 0 appends the cycle to the ledger, and tells the others its hash and
+        size."""
+        facts = torch.zeros(5, dtype=torch.int64)
         if dist.get_rank() == 0:
-            before.append(step, entries, mora_matrices.items())
-        dist.barrier()
-
-        def read() -> Ledger:
-            folder = before.folder
-            ledger = Ledger.open(folder, before.base_fingerprint, hashes=False)
-            if ledger.cycles != cycle + 1:
-                raise UserError(f"{folder}: cycle {cycle} is not in the ledger")
-            return ledger
-
-        self.ledger = await_readable(read)
+            self.ledger.append(step, entries, mora_matrices.items())
+            record = self.ledger.records[-1]
+            digest = bytearray.fromhex(record.sha256)
+            facts[:4] = torch.frombuffer(digest, dtype=torch.int64)
+            facts[4] = record.size
+        facts = facts.to(self.engine.device)
+        dist.broadcast(facts, src=0)
+        if dist.get_rank() != 0:
+            *digest, size = facts.tolist()
+            sha256 = torch.tensor(digest).numpy().tobytes().hex()
+            self.ledger.follow(step, sha256, size)
 
     def _start_cycle(self, cycle: int) -> None:
         """Zero matrices, master weights and optimizer state, and set the cycle's operators."""
