@@ -215,7 +215,7 @@ class ReMoRA:
 
         def rebuild_layer(name: str, mora_matrix: Tensor | None) -> MergeNorms | None:
             layer = layers[name]
-            start = self.sums.read(name)
+            start = self.sums.read(name, layer.shape)
             is_summed = start is not None
             if start is None:
                 start = self.base.read(self.keys[layer.spec.weight_name(name)])

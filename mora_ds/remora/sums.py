@@ -23,7 +23,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.common.errors import UserError
-from mora_ds.common.tensor_files import SafetensorsWriter, Shape, open_safetensors
+from mora_ds.common.tensor_files import (
+    SafetensorsWriter,
+    Shape,
+    open_safetensors,
+    shape_dtype,
+)
 from mora_ds.models.base import tensor_checksum
 from mora_ds.remora.ledger import Ledger
 
@@ -73,18 +78,20 @@ class MergedSums:
             with self._disk():
                 self._begin()
 
-    def read(self, module: str) -> Tensor | None:
-        """The sum of a layer on the CPU; None where there is none, or a damaged one. Do
-        not write to it: it is the mapped file. A merge trusts what the run has written
-        or checked itself, as it trusts the files of the base."""
+    def read(self, module: str, shape: Shape) -> Tensor | None:
+        """The sum of a layer with a weight of this shape, on the CPU; None where there
+        is none, or a damaged one. Do not write to it: it is the mapped file. A merge
+        trusts what the run has written or checked itself, as it trusts the files of
+        the base."""
         if module not in self._found:
             return None
         path, handle = self._found[module]
-        total: Tensor = handle.get_tensor(module)
-        checksum = handle.get_tensor(f"{module}.checksum").tolist()
-        is_fp32 = total.dtype is torch.float32
-        if self._is_merge or (is_fp32 and checksum == _checksum(total).tolist()):
-            return total
+        # A crafted header may announce any size, which is mapped before it is compared
+        if shape_dtype(handle, module) == (shape, torch.float32):
+            total: Tensor = handle.get_tensor(module)
+            checksum = handle.get_tensor(f"{module}.checksum").tolist()
+            if self._is_merge or checksum == _checksum(total).tolist():
+                return total
         logger.warning("warning: the sum of %s is damaged, and is formed again", module)
         path.unlink(missing_ok=True)
         return None

@@ -20,6 +20,7 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora import sums
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.run import Run
+from tests.helpers.crafted import change_header
 from tests.helpers.damage import cut, flip
 from tests.helpers.engines import (
     assert_replayed,
@@ -118,6 +119,17 @@ def of_integers(path):
     path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"', 1))
 
 
+def of_another_shape(path):
+    """With the checksum of its bytes."""
+
+    def change(header):
+        name = min(name for name in header if name.endswith("proj"))
+        rows, columns = header[name]["shape"]
+        header[name]["shape"] = [rows * columns, 1]
+
+    change_header(path, change)
+
+
 def a_link(path):
     path.rename(path.with_name("kept"))
     path.symlink_to(path.with_name("kept"))
@@ -132,6 +144,7 @@ def a_link(path):
         flip,
         without_a_checksum,
         of_integers,
+        of_another_shape,
         of_another_run,
         a_link,
     ],
@@ -152,7 +165,7 @@ def test_a_resume_has_the_same_bits_whatever_became_of_the_sums(run, tmp_path, d
     for name, weight in result["weights"].items():
         assert torch.equal(weights[name], weight), name
     assert bool(read) == (damage is not None)
-    if damage in (flip, of_integers):
+    if damage in (flip, of_integers, of_another_shape):
         # The one layer that is damaged is formed again, and the file is gone
         assert len(read) == MERGES
         assert set(read_by_merge) == set(range(MERGES))
