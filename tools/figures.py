@@ -1,5 +1,5 @@
 """Draw the figures of the documentation as SVG, from the JSON of
-`tools/bench/learning.py` alone.
+`tools/bench/learning.py` and `soak.py` alone.
 
     python tools/figures.py         draws docs/assets/*.svg (needs matplotlib)
 
@@ -17,6 +17,7 @@ from typing import Any
 # A bare checkout, not installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mora_ds.common.files import read_json
 from tools.plans import DATA, ROOT
 from tools.runs import Row, best_rows
 
@@ -104,6 +105,27 @@ def draw(name: str, folder: Path) -> None:
     _save(figure, folder / f"{name.replace('_', '-')}.svg")
 
 
+def draw_soak(folder: Path) -> None:
+    """Draw what the processes of a long run held, and what its steps and merges took, of
+    data/soak*.json."""
+    figure, (memory, seconds) = _panels()
+    periods = read_json(DATA / "soak.json")["periods"]
+    held = [period["resident MB"] for period in periods]
+    memory.plot([period["step"] for period in periods], held, color=BLUE)
+    memory.set_ylim(0, 1.2 * max(held))
+    memory.set_ylabel("memory of rank 0, MB")
+    periods = read_json(DATA / "soak_merges.json")["periods"]
+    steps = [period["step"] for period in periods]
+    for what, color in (("step", BLUE), ("merge", ORANGE)):
+        taken = [period[f"a {what}, in steps alone"] for period in periods]
+        seconds.plot(steps, taken, color=color, label=f"a {what}")
+    seconds.set_ylim(bottom=0)
+    seconds.set_ylabel("CPU time, steps of the model alone")
+    seconds.set_xlabel("optimizer steps")
+    seconds.legend(frameon=False, labelcolor=INK)
+    _save(figure, folder / "soak.svg", "Memory and time of a long run")
+
+
 def _panels() -> tuple[Any, Any]:
     """A figure, and its two axes, one above the other."""
     import matplotlib
@@ -163,14 +185,14 @@ def _logarithmic(axis: Any, values: Sequence[float]) -> None:
     axis.grid(True, axis="y", color=FAINT, linewidth=0.6)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path, title: str = TITLE) -> None:
     """Write a figure as SVG whose text can be selected."""
     text = StringIO()
     figure.savefig(
         text,
         format="svg",
         transparent=True,
-        metadata={"Date": None, "Title": TITLE, "Creator": "mora_ds"},
+        metadata={"Date": None, "Title": title, "Creator": "mora_ds"},
     )
     svg = text.getvalue()
     # The placeholders become CSS variables, which follow the reader's scheme.
@@ -189,6 +211,7 @@ def _save(figure: Any, path: Path) -> None:
 def main() -> None:
     for name in DRAWN:
         draw(name, ASSETS)
+    draw_soak(ASSETS)
 
 
 if __name__ == "__main__":
