@@ -19,7 +19,9 @@ def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path, monkeypatch):
     call("bench/scale", "--ranks 4 16 --json", out, "--folder", tmp_path)
     tables = read_json(out)["tables"]
     _, *by_cycle = tables["CPU seconds of a merge and a replay"]
-    assert [line[:2] for line in by_cycle] == [["14", "1"], ["14", "2"]]
+    assert [line[:3] for line in by_cycle] == [
+        ["14", ranks, cycle] for ranks in "12" for cycle in "12"
+    ]
     titles, *seconds = tables["CPU seconds"]
     assert titles == ["phase", "tiny, 4 ranks", "tiny, 16 ranks"]
     assert all(float(cell) >= 0 for _, *cells in seconds for cell in cells)

@@ -1,15 +1,14 @@
 """One rank among N without the others: torch's fake process group, and the exchanges of
-objects answered.
+values answered.
 
 Everything that this rank does by itself is the real code. Collectives reach nobody
 (torch's backend "fake"), and a gather gives this rank's part as that of each other one.
-Objects are gathered likewise, by as many pickles as rank 0 would have to read. What
+Values are gathered likewise, encoded and decoded as `runtime.exchange` does it. What
 stands for other ranks and for the network is outside of the clock: the collectives
 themselves, what other ranks would have given, what rank 0 would broadcast.
 """
 
 import os
-import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -167,30 +166,38 @@ class OneRank:
 
         return call
 
-    def _everyone(self, value: Any) -> list[Any]:
-        """Every rank's value. Each is unpickled, as what comes from other ranks is."""
-        text = pickle.dumps(value)
-        values = [pickle.loads(text) for _ in range(self.world)]
+    def _everyone(self, text: bytes) -> list[Any]:
+        """Every rank's value, decoded as rank 0 does it."""
+        with self.outside_of_the_clock():
+            message = b"[" + b",".join([text] * self.world) + b"]"
+        values = exchange.decode(message)
         with self.outside_of_the_clock():
             return [self.relabel(value, rank) for rank, value in enumerate(values)]
 
     def _gather_to_rank0(self, value: Any, group: Any) -> list[Any] | None:
         self.gathered = value
-        return self._everyone(value) if self.rank == 0 else None
+        text = exchange.encode(value)
+        return self._everyone(text) if self.rank == 0 else None
 
     def _gather_to_all(self, value: Any, group: Any) -> list[Any]:
-        return self._everyone(value)
+        values = self._everyone(exchange.encode(value))
+        # Rank 0 tells the others, and decodes it as they do
+        if self.rank == 0:
+            values = exchange.decode(exchange.encode(values))
+        return values
 
     def _run_on_rank0(
         self, check: str, work: Callable[[], Any], long: bool = False
     ) -> Any:
         if self.rank == 0:
-            return work()
+            result = work()
+            exchange.encode(result)
+            return result
         with self.outside_of_the_clock():
             files = set(self._files)
             counted = self._counted
             self._counted = Spent()
-            text = pickle.dumps(work())
+            text = exchange.encode(work())
             self._counted = counted
             self._files &= files
-        return pickle.loads(text)
+        return exchange.decode(text)

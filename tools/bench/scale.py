@@ -25,8 +25,10 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from statistics import median
@@ -36,7 +38,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -73,6 +77,7 @@ from mora_ds.engine.module_hooks import remove_unused_hooks
 from mora_ds.engine.shards import layout_of
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.planning.step import Work, planned_model
+from mora_ds.remora.ledger import Ledger
 from mora_ds.runtime import cli
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.remote_folder import RemoteFolder
@@ -105,6 +110,8 @@ WARM_UP = 2
 CYCLES = (1, 10, 100, 400)
 ADAPTED = (14, 224)
 """Numbers of adapted layers, 7 in a decoder layer."""
+SHARING = (1, 2)
+"""Numbers of ranks that share a base."""
 STEPS = 3
 """DeepSpeed's trace of modules is complete from the third micro-batch on."""
 
@@ -134,9 +141,9 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         shutil.rmtree(base)
     report.show("CPU seconds", _rows(table, lambda spent: f"{spent.cpu_s:.3f}"))
     report.show("files", _rows(table, lambda spent: str(spent.files)))
-    by_cycle = [["layers", "cycle", "merge", "replay"]]
-    for layers in ADAPTED:
-        by_cycle += _forked(folder, _by_cycle, layers)
+    by_cycle = [["layers", "ranks", "cycle", "merge", "replay", "ledger", "memory"]]
+    for layers, ranks in itertools.product(ADAPTED, SHARING):
+        by_cycle += _by_cycle(folder, layers, ranks)
     report.show("CPU seconds of a merge and a replay", by_cycle)
     _measure_store(options, folder, report)
     report.write()
@@ -194,26 +201,51 @@ def _forked(folder: Path, work: Callable[..., Any], *arguments: Any) -> Any:
         return alone.apply(work, (Path(scratch), *arguments))
 
 
-def _by_cycle(folder: Path, layers: int) -> list[list[str]]:
-    """(layers, cycle, CPU seconds of its merge, of a replay after it), with one rank."""
+def _by_cycle(folder: Path, layers: int, ranks: int) -> list[list[str]]:
+    """What `_cycles` finds on rank 0 of real processes."""
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, fork.Pool(ranks) as pool:
+        work = [(Path(scratch), layers, rank, ranks) for rank in range(ranks)]
+        rows: list[list[str]] = pool.starmap(_cycles, work, chunksize=1)[0]
+        return rows
+
+
+def _cycles(folder: Path, layers: int, rank: int, ranks: int) -> list[list[str]]:
+    """(layers, ranks, cycle, CPU seconds of its merge, of a replay after it, of opening
+    the ledger at a resume, memory of this process). The ranks share the base."""
     torch.set_num_threads(1)
-    one = OneRank(0, 1, folder)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", meeting, rank=rank, world_size=ranks)
+    torch.manual_seed(0)
     config = llama_config(64, layers // 7, 512, 64)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    write_own_base(model, folder / "base")
+    if rank == 0:
+        write_own_base(model, folder / "base")
+    dist.barrier()
     run = _started(model, folder, BaseCheckpoint.open(folder / "base"), 4)
     rows = []
     seconds: list[float] = []
     for cycle in range(1, CYCLES[-1] + 1):
-        with one.phase() as merge:
-            run.merge(cycle)
-        seconds.append(merge.cpu_s)
+        seconds.append(_cpu_s(partial(run.merge, cycle)))
         if cycle in CYCLES:
-            with one.phase() as replay:
-                run.remora.rebuild()
-            merging = f"{median(seconds[-3:]):.3f}"
-            rows.append([str(layers), str(cycle), merging, f"{replay.cpu_s:.3f}"])
+            ledger = run.remora.ledger
+            found = (
+                median(seconds[-5:]),
+                median(_cpu_s(run.remora.rebuild) for _ in range(3)),
+                _cpu_s(partial(Ledger.open, ledger.folder)),
+            )
+            resident = psutil.Process().memory_info().rss / 1e6
+            times = (f"{second:.3f}" for second in found)
+            names = map(str, (layers, ranks, cycle))
+            rows.append([*names, *times, f"{resident:,.0f} MB"])
     return rows
+
+
+def _cpu_s(work: Callable[[], object]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
 
 
 # -- one rank --------------------------------------------------------------------------
@@ -367,7 +399,7 @@ def _save(
 
     def share_of(share: Any, rank: int) -> Any:
         """What another rank would have sent; its files are links to this rank's."""
-        if not isinstance(share, tuple):
+        if not isinstance(share, (list, tuple)):
             return share
         recorded, facts = share
         template = next(filter(None, facts))
