@@ -282,9 +282,9 @@ class ReMoRA:
         facts = facts.to(self.engine.device)
         dist.broadcast(facts, src=0)
         if dist.get_rank() != 0:
-            *digest, size = facts.tolist()
-            sha256 = torch.tensor(digest).numpy().tobytes().hex()
-            self.ledger.follow(step, sha256, size)
+            facts = facts.cpu()
+            sha256 = facts[:4].numpy().tobytes().hex()
+            self.ledger.follow(step, sha256, int(facts[4]))
 
     def _start_cycle(self, cycle: int) -> None:
         """Zero matrices, master weights and optimizer state, and set the cycle's operators."""

@@ -146,8 +146,8 @@ def _watched(options: argparse.Namespace) -> list[Period]:
         merges.append(time.process_time() - started)
         return report
 
-    Trainer.train_step = watched_step  # type: ignore[method-assign]
-    ReMoRA.merge = watched_merge  # type: ignore[method-assign]
+    Trainer.train_step = watched_step  # type: ignore[method-assign, assignment]
+    ReMoRA.merge = watched_merge  # type: ignore[method-assign, assignment]
     set_up_logging("warning")
     pretrain.train(parse(_flags(options)))
     return periods
