@@ -642,7 +642,7 @@ engine/device.py take_device | engine/test_device.py
 + local_rank > count
 
 # grouped heads make torch keep all scores
-models/document_attention.py _sdpa | gpu/test_fake_cuda.py
+models/attention.py _sdpa | gpu/test_fake_cuda.py
 - is_grouped and query.is_cuda
 + is_grouped and query.is_meta
 

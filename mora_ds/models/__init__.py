@@ -1,8 +1,7 @@
 """Base models: reading and writing Hugging Face folders, attention, loss, vocabulary.
 
 base            `BaseCheckpoint`: the base weights on disk, their fingerprint, and their parameter names
-attention       selects document attention or dense attention for a model
-document_attention  causal attention inside each document of packed sequences
+attention       document attention: causal, inside each document of packed sequences; which models use it
 decoder_layers  decoder layers, and the frozen weights that only one layer uses
 load            Hub name or folder -> model in memory; configs
 dequantize      converts bases in FP8 and MXFP4 to a base in the run's folder

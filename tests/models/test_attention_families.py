@@ -12,16 +12,17 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.models import document_attention
+from mora_ds.models import attention
 from mora_ds.models.attention import (
     NAME,
+    Scores,
     attention_of,
+    by_documents,
     model_inputs,
     prefer_document_attention,
     use_document_attention,
     why_dense,
 )
-from mora_ds.models.document_attention import Scores, by_documents
 from mora_ds.models.loss import token_nll
 from tests.helpers.batches import LAYOUTS, batch_of
 from tests.helpers.models import FAMILIES, MASKLESS, adapted_model, tiny_model, tokens
@@ -124,7 +125,7 @@ def test_padding_and_caches_are_as_in_the_models_own_attention(family, monkeypat
     """A model that attends by documents also generates: sinks, capped scores and windows
     included.
     """
-    monkeypatch.setattr(document_attention, "QUERIES", 20)
+    monkeypatch.setattr(attention, "QUERIES", 20)
     original = tiny_model(family).eval()
     model = tiny_model(family).eval()
     for variant in (original, model):

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from mora_ds.data.documents import Documents
-from mora_ds.models import document_attention as module_under_test
-from mora_ds.models.document_attention import (
+from mora_ds.models import attention as module_under_test
+from mora_ds.models.attention import (
     Scores,
     by_documents,
     document_attention,

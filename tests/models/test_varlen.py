@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from mora_ds.data.documents import Documents
-from mora_ds.models import document_attention as module_under_test
-from mora_ds.models.document_attention import document_attention
+from mora_ds.models import attention as module_under_test
+from mora_ds.models.attention import document_attention
 from tests.helpers.attention import (
     HEADS,
     LAYOUTS,

@@ -54,8 +54,8 @@ from mora_ds.data.documents import Documents
 from mora_ds.engine import zero
 from mora_ds.engine.device import make_deterministic
 from mora_ds.engine.initialize import start_distributed
+from mora_ds.models.attention import document_attention
 from mora_ds.models.base import write_own_base
-from mora_ds.models.document_attention import document_attention
 from mora_ds.runtime import cli
 from mora_ds.train.run import Run
 from tools.bench.layer import PATHS, TITLES, layers_of, row
