@@ -6,7 +6,7 @@
     muon              workarounds for DeepSpeed's Muon
     node_base         the frozen base in memory that the ranks of a node share
     layer_prefetcher  copies decoder layers to the device one by one (--base_device host); host_copies: its copies
-    module_hooks      removes DeepSpeed's hooks that gather nothing; layer_gathers: those of a decoder layer as one
+    module_hooks      removes DeepSpeed's hooks that gather nothing, and makes those of a decoder layer one
     shards            gets and restores, as tensors, what training changes in an engine
     traffic           counts the bytes of collectives
     device            the device of this process

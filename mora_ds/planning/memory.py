@@ -13,7 +13,7 @@ What ZeRO allocates is taken from DeepSpeed 0.19.8: stage3.py
 `grad_partitions_flat_buffer`, `ipg_buckets`), stage_1_and_2.py,
 partition_parameters.py, and partitioned_param_coordinator.py (`fetch_sub_module`,
 `release_sub_module`), with a decoder layer in place of the modules in it
-(`engine.layer_gathers`).
+(`engine.module_hooks`).
 """
 
 from collections.abc import Sequence

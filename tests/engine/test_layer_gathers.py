@@ -11,8 +11,8 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
-from mora_ds.engine import layer_gathers
-from mora_ds.engine.layer_gathers import LayerGathers, free_quickly
+from mora_ds.engine import module_hooks
+from mora_ds.engine.module_hooks import LayerGathers, free_quickly
 from tests.helpers.tables import parsed, rows
 
 
@@ -75,7 +75,7 @@ def test_what_is_gathered_and_unchanged_is_freed_at_once(
     is_quick = how == "quickly"
     freed = []
     partitioned = []
-    monkeypatch.setattr(layer_gathers, "free_param", freed.append)
+    monkeypatch.setattr(module_hooks, "free_param", freed.append)
     parameter = SimpleNamespace(
         ds_status=ZeroParamStatus[status],
         partition=lambda *arguments: partitioned.append(arguments),

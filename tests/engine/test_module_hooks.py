@@ -16,8 +16,7 @@ from mora_ds.engine import ds_config as ds_config_module
 from mora_ds.engine import initialize as initialize_module
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.engine.layer_gathers import call_in_backward
-from mora_ds.engine.module_hooks import gather_persistent
+from mora_ds.engine.module_hooks import call_in_backward, gather_persistent
 from mora_ds.engine.traffic import CollectiveCounter, nbytes_of
 from tests.helpers.engines import ds_config, trained_values
 from tests.helpers.models import (
