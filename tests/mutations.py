@@ -202,7 +202,7 @@ common/files.py file_problem | checkpoint/test_damage.py remora/test_ledger.py
 + not sha256_file(path)
 
 # the merged weight is rounded twice
-adapters/ops/delta.py merged_weight | remora/test_ledger.py
+adapters/ops/updates.py merged_weight | remora/test_ledger.py
 - original.to(device)
 + original.to(device, dtype)
 
@@ -647,7 +647,7 @@ models/attention.py _sdpa | gpu/test_fake_cuda.py
 + is_grouped and query.is_meta
 
 # a merge casts an original before it copies it to the GPU
-adapters/ops/delta.py merged_weight | gpu/test_fake_cuda.py
+adapters/ops/updates.py merged_weight | gpu/test_fake_cuda.py
 - original.to(device)
 + original
 

@@ -234,7 +234,7 @@ def test_triton_is_imported_by_one_module_and_only_layers_use_its_kernels():
     assert {name for name in users if ".kernels" not in name} == {
         "mora_ds.adapters.layer"
     }
-    for name in ("delta", "mora", "int8", "update"):
+    for name in ("mora", "int8", "updates"):
         modules = reachable(f"mora_ds.adapters.ops.{name}")
         assert not [module for module in modules if ".kernels" in module]
 

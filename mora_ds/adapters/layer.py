@@ -23,7 +23,6 @@ from mora_ds.adapters.kernels.ops import KERNEL_DEVICES
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.nf4 import NF4Weight
 from mora_ds.adapters.ops import int8
-from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.frozen import Weight, check_floating, dense, frozen_linear
 from mora_ds.adapters.ops.index_tables import tables_of
 from mora_ds.adapters.ops.int8 import Int8Weight
@@ -36,7 +35,7 @@ from mora_ds.adapters.ops.linear import (
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import AdditiveTerm, Update, UpdateSpec
-from mora_ds.adapters.ops.terms import join
+from mora_ds.adapters.ops.updates import join, merged_weight
 
 
 class Split(Protocol):

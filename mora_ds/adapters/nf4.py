@@ -5,7 +5,7 @@
     NF4Weight(packed, scales, ...)      scale * level, and the terms of merged cycles
 
 The weight is rounded once, from the base's files, and never again: what a merge adds
-stays in its own matrices (`ops.terms`), as the rounding, a tenth of the weights' norm,
+stays in its own matrices (`ops.updates`), as the rounding, a tenth of the weights' norm,
 would swallow it. A dense sum of them in bf16 would take four times the memory of the 4
 bits.
 
@@ -26,10 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.delta import merge_updates_
 from mora_ds.adapters.ops.frozen import Maker, QuantizedWeight
 from mora_ds.adapters.ops.spec import AdditiveTerm
-from mora_ds.adapters.ops.terms import add_terms_, add_terms_gradient_
+from mora_ds.adapters.ops.updates import add_terms_, add_terms_gradient_, merge_updates_
 from mora_ds.common.errors import RunError, UserError
 
 BLOCK = 64

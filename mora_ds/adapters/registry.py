@@ -27,9 +27,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mora_ds.common.errors import UserError, raise_validation_errors, unknown
+from mora_ds.common.files import JsonObject
+from mora_ds.common.untrusted import entry
+
+if TYPE_CHECKING:
+    from mora_ds.adapters.ops.spec import UpdateSpec
 
 ClassPath: TypeAlias = type | str
 """A class, or "module:name" of one that is imported when it is used."""
@@ -143,6 +148,17 @@ def loaded(path: ClassPath | None) -> Any:
         module, _, name = path.partition(":")
         return getattr(import_module(module), name)
     return path
+
+
+def spec_from_dict(values: JsonObject) -> UpdateSpec:
+    """Inverse of any spec's `to_dict`. Raises `UserError` for unknown kinds, other keys
+    and wrong types."""
+    kind = entry(values, "kind", str, "operator")
+    classes = spec_classes()
+    if kind not in classes:
+        raise UserError(unknown("operator", kind, classes))
+    spec: UpdateSpec = loaded(classes[kind]).from_dict(values)
+    return spec
 
 
 def unsupported(name: str, capability: Capability, setting: str) -> Iterator[str]:

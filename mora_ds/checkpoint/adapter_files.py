@@ -25,9 +25,8 @@ from torch import Tensor
 from mora_ds.adapters.config import AdapterConfig, config_from_dict
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import OWN
-from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.update import operator_from_dict
-from mora_ds.adapters.registry import adapter_type
+from mora_ds.adapters.ops.mora import OperatorSpec, operator_of
+from mora_ds.adapters.registry import adapter_type, spec_from_dict
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
     ADAPTER_PARTS,
@@ -77,6 +76,10 @@ from mora_ds.remora.ledger import (
 )
 
 
+def _operator_from_dict(values: JsonObject) -> OperatorSpec:
+    return operator_of(spec_from_dict(values), "a domain")
+
+
 @dataclass(frozen=True)
 class DomainMatrices:
     """The entry "domains" of adapter.json: matrices on top of the shared ones."""
@@ -84,7 +87,7 @@ class DomainMatrices:
     names: tuple[FileName, ...]
     """The domains, in the order of their matrices."""
     operators: dict[
-        FileName, Annotated[OperatorSpec, PlainValidator(operator_from_dict)]
+        FileName, Annotated[OperatorSpec, PlainValidator(_operator_from_dict)]
     ]
     """Module name -> operator of its matrices, that of cycle 0."""
 

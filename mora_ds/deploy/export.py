@@ -26,10 +26,10 @@ from mora_ds.adapters import nf4
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.low_rank_embeddings import is_low_rank, with_product
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for, with_new_rows
-from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.frozen import QuantizedWeight
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.adapters.ops.updates import merged_weight
 from mora_ds.adapters.registry import Capability, require
 from mora_ds.checkpoint.adapter_files import Adapter, chosen_domain, logits_name
 from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter, tokenizer_of

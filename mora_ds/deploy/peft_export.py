@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from mora_ds.adapters.new_embeddings import stands_for
-from mora_ds.adapters.ops.delta import merge_updates_
 from mora_ds.adapters.ops.spec import UpdateSpec, additive
+from mora_ds.adapters.ops.updates import merge_updates_
 from mora_ds.adapters.registry import Capability, require
 from mora_ds.checkpoint.adapter_files import Adapter
 from mora_ds.checkpoint.layout import find_adapter

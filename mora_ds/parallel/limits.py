@@ -2,8 +2,7 @@
 definition, used for flags, plans, engines and models.
 
 Callers pass the settings that they know; the defaults are valid with everything. Limits
-by a model's heads and sizes are in `parallel/tp_plan.py` and
-`parallel/ulysses_checks.py`.
+by a model's heads and sizes are in `parallel/tp_plan.py` and `parallel/ulysses.py`.
 """
 
 from collections.abc import Iterator, Mapping

@@ -36,10 +36,12 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.common.errors import UserError
-from mora_ds.models.attention import NAME, attention_of, is_flash
+from mora_ds.models.attention import NAME, attention_of, is_flash, why_dense
 from mora_ds.parallel.limits import SEQUENCE
 
 _BOUND = "_mora_ds_sequence"
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Rotary embeddings that depend on the longest position (modeling_rope_utils.py)."""
 _dispatched: set[str] = set()
 _groups: dict[int, Any] = {}
 
@@ -69,20 +71,6 @@ def bind_sequence_parallel(
     for module in model.modules():
         setattr(module, _BOUND, sequence)
     return sequence
-
-
-def check_heads(size: int, heads: int, kv_heads: int) -> None:
-    """Raise `UserError` unless the heads can be divided among the ranks. Too few
-    key-value heads are repeated."""
-    if heads % size:
-        raise UserError(
-            f"{SEQUENCE} {size} does not divide the model's {heads} attention heads: each rank takes some of them"
-        )
-    if kv_heads % size and size % kv_heads:
-        raise UserError(
-            f"{SEQUENCE} {size} and the model's {kv_heads} key-value heads: one must divide the other, so that each "
-            "rank takes some of them or several take the same one"
-        )
 
 
 @contextmanager
@@ -231,3 +219,64 @@ def _group(size: int, timeout_s: float | None) -> Any:
             if dist.get_rank() in members:
                 _groups[size] = group
     return _groups[size]
+
+
+# -- checks of a model's config --------------------------------------------------------
+#
+# Before any text is read. Later `train/preflight.py` compares the model's logits of split
+# and full sequences.
+
+
+def check_config(config: Any, size: int, attn_implementation: str | None) -> None:
+    """Raise `UserError` if the config shows that sequences cannot be split over `size`
+    ranks. `attn_implementation`: the user's setting; None for document attention."""
+    if size == 1:
+        return
+    text = config.get_text_config()
+    heads, kv_heads = _heads(text)
+    check_heads(size, heads, kv_heads)
+    if reason := why_dense(config, attn_implementation):
+        raise UserError(
+            f"{SEQUENCE}: only document attention can be split, and this model cannot use it, because {reason}"
+        )
+    parameters = getattr(text, "rope_parameters", None) or {}
+    # In some models each layer type has separate settings
+    for settings in (parameters, *parameters.values()):
+        kind = settings.get("rope_type") if isinstance(settings, dict) else None
+        if kind in _LENGTH_DEPENDENT:
+            raise UserError(
+                f"{SEQUENCE}: rotary embeddings of rope_type {kind} depend on the longest position of the full sequence"
+            )
+
+
+def describe(config: Any, size: int, seq_len: int) -> str:
+    """A log line about the work of each rank."""
+    heads, _ = _heads(config.get_text_config())
+    return (
+        f"sequence parallel: every sequence is split over {size} ranks; each computes {seq_len // size} of {seq_len} "
+        f"tokens, and in attention {heads // size} of {heads} heads over all tokens"
+    )
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """(attention heads, key-value heads) of a text config."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise UserError(
+            f"{SEQUENCE}: this model's config has no number of attention heads to split over ranks"
+        )
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
+
+
+def check_heads(size: int, heads: int, kv_heads: int) -> None:
+    """Raise `UserError` unless the heads can be divided among the ranks. Too few
+    key-value heads are repeated."""
+    if heads % size:
+        raise UserError(
+            f"{SEQUENCE} {size} does not divide the model's {heads} attention heads: each rank takes some of them"
+        )
+    if kv_heads % size and size % kv_heads:
+        raise UserError(
+            f"{SEQUENCE} {size} and the model's {kv_heads} key-value heads: one must divide the other, so that each "
+            "rank takes some of them or several take the same one"
+        )

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from mora_ds.adapters.ops.spec import Update, UpdateSpec
-from mora_ds.adapters.ops.update import spec_from_dict
+from mora_ds.adapters.registry import spec_from_dict
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import (
     FORMAT,

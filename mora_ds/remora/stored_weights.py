@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.spec import Update
+from mora_ds.adapters.ops.updates import merged_weight
 from mora_ds.common.tensor_files import Shape
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.stored_names import is_stack

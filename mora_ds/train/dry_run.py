@@ -24,7 +24,7 @@ from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import CONFIGS, named_config, set_rope
 from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.tp_plan import tp_plan_of
-from mora_ds.parallel.ulysses_checks import check_config, describe
+from mora_ds.parallel.ulysses import check_config, describe
 from mora_ds.planning.plan import Cluster, Plan, Planner, place_base
 from mora_ds.planning.report import cost_lines, report
 from mora_ds.planning.step import Work, planned_model

@@ -46,7 +46,7 @@ from mora_ds.engine.device import is_cpu
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.models.attention import use_document_attention, why_dense
 from mora_ds.models.loss import chunk_loss, is_frozen
-from mora_ds.parallel.ulysses_checks import check_config
+from mora_ds.parallel.ulysses import check_config
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.base import choose_base_device, find_model, prepare_base

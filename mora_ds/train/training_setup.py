@@ -45,8 +45,7 @@ from mora_ds.models.attention import uses_document_attention
 from mora_ds.models.load import LoadedBase, config_digest
 from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.tp_plan import tp_plan_of
-from mora_ds.parallel.ulysses import bind_sequence_parallel
-from mora_ds.parallel.ulysses_checks import describe
+from mora_ds.parallel.ulysses import bind_sequence_parallel, describe
 from mora_ds.planning.utilization import peak_flops, token_flops
 from mora_ds.train.data import RunData
 from mora_ds.train.layer_scales import FLAG as SCALING

@@ -16,12 +16,12 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.experts import MoRAExperts, find_stacks
 from mora_ds.adapters.inject import base_weights, inject, mora_layers, set_cycle
 from mora_ds.adapters.ops import grouped, index_tables
-from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.frozen import dense
 from mora_ds.adapters.ops.grouped import grouped_linear
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.mora import adjoint
-from mora_ds.adapters.ops.update import spec_from_dict
+from mora_ds.adapters.ops.updates import merged_weight
+from mora_ds.adapters.registry import spec_from_dict
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import UserError
 from mora_ds.models.base import BaseCheckpoint, map_model

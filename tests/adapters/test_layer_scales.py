@@ -11,7 +11,7 @@ from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import mora_layers, scale_layers
 from mora_ds.adapters.ops.index_tables import tables_of
-from mora_ds.adapters.ops.update import spec_from_dict
+from mora_ds.adapters.registry import spec_from_dict
 from tests.helpers.errors import user_error
 from tests.helpers.models import adapted_model, tokens
 from tests.helpers.operators import random, spec_id, specs

@@ -14,10 +14,9 @@ from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.nf4 import BLOCK, NF4Weight, quantize
 from mora_ds.adapters.ops import index_tables
-from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from mora_ds.adapters.ops.terms import join
+from mora_ds.adapters.ops.updates import join, merged_weight
 from mora_ds.adapters.quantized import base_bits_of, merge_bytes, quantized_bytes
 from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model, tokens

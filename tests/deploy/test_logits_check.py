@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mora_ds.adapters.ops.delta import merged_weight
+from mora_ds.adapters.ops.updates import merged_weight
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic

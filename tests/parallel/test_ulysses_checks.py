@@ -13,10 +13,10 @@ from mora_ds.models.attention import prefer_document_attention, use_document_att
 from mora_ds.parallel.ulysses import (
     SequenceParallel,
     bind_sequence_parallel,
+    check_config,
     full_sequences,
     sequence_parallel_of,
 )
-from mora_ds.parallel.ulysses_checks import check_config
 from mora_ds.train.preflight import check_split
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from mora_ds.adapters.ops.updates import merged_weight
 from mora_ds.common import files
 from mora_ds.common.files import read_json
 from mora_ds.remora import ledger as ledger_room

@@ -16,9 +16,8 @@ import mora_ds
 from mora_ds.adapters import nf4
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
-from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.int8 import quantize
-from mora_ds.adapters.ops.terms import join
+from mora_ds.adapters.ops.updates import join, merged_weight
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine.ds_config import complete_ds_config

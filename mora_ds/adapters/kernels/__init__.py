@@ -7,6 +7,6 @@ triton_ops  those in Triton, imported at the first call on a GPU (CUDA builds of
 linear      an adapted layer's product made of them, over activations or over the weight, with its gradients
 
 Training only: merges, the merge ledger and exports add deltas by `ops.mora` and
-`ops.delta`, whose bits are the same on every device. A kernel rounds once where those
+`ops.updates`, whose bits are the same on every device. A kernel rounds once where those
 round after every addition.
 """

@@ -6,11 +6,9 @@ mora               `OperatorSpec`: truncate, share, decouple, rotate
 lora               `LoRASpec`: LoRA's two factors
 stack              `StackSpec`: one operator for all experts of a projection
 grouped            products of rows with the matrices of a stack
-update             any spec from its dictionary
 linear             an adapted layer's product, over activations or over the weight, with its gradients
-delta              updates added to a weight without forming them
+updates            several updates, merged into a weight or added to what a layer computes
 index_tables       the four maps of an operator: fold, unfold, spread, collect
 frozen             a frozen weight and its products, dense or quantized
 int8               frozen weights in 8 bits
-terms              updates of merged cycles that a frozen weight does not take up
 """

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mora_ds.adapters.kernels.linear import KernelProducts
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.layer import MoRALinear
-from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.linear import Compute, LayerProducts, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from mora_ds.adapters.ops.updates import merged_weight
 from tests.helpers.operators import by_definition, outputs_and_gradients, random, specs
 
 CPU = torch.device("cpu")

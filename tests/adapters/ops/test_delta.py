@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mora_ds.adapters.ops import mora
-from mora_ds.adapters.ops.delta import merge_updates_
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from mora_ds.adapters.ops.updates import merge_updates_
 from mora_ds.common.errors import UserError
 from tests.helpers.adapters import summed
 from tests.helpers.operators import random

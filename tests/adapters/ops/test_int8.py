@@ -12,11 +12,11 @@ from torch.testing import assert_close
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.frozen import dense
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from mora_ds.adapters.ops.updates import merged_weight
 from mora_ds.adapters.quantized import quantized_bytes
 from mora_ds.planning.memory_meter import MemoryMeter
 from tests.helpers.errors import user_error

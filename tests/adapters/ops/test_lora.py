@@ -10,7 +10,7 @@ from mora_ds.adapters.config import LoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.layer import LoRALinear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
-from mora_ds.adapters.ops.update import spec_from_dict
+from mora_ds.adapters.registry import spec_from_dict
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero

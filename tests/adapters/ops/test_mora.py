@@ -15,7 +15,6 @@ from torch.testing import assert_close
 from mora_ds.adapters.kernels.linear import KernelProducts
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops import index_tables
-from mora_ds.adapters.ops.delta import merge_updates_
 from mora_ds.adapters.ops.index_tables import OPERATORS, Operator, mora_matrix_size
 from mora_ds.adapters.ops.linear import Compute, LayerProducts, mora_linear
 from mora_ds.adapters.ops.mora import (
@@ -32,7 +31,8 @@ from mora_ds.adapters.ops.spec import (
     permutation_seed,
     round_side,
 )
-from mora_ds.adapters.ops.update import spec_from_dict
+from mora_ds.adapters.ops.updates import merge_updates_
+from mora_ds.adapters.registry import spec_from_dict
 from mora_ds.parallel.windows import Window, tables_of_window
 from tests.helpers.errors import user_error
 from tests.helpers.operators import (
