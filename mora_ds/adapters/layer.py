@@ -29,7 +29,6 @@ from mora_ds.adapters.ops.int8 import Int8Weight
 from mora_ds.adapters.ops.linear import (
     Compute,
     LayerProducts,
-    cheaper_path,
     mora_linear,
 )
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
@@ -42,15 +41,11 @@ class Split(Protocol):
     """How the ranks of a group compute a layer
     (`parallel.tensor_parallel.LayerSplit`)."""
 
-    def sizes(self, spec: OperatorSpec) -> tuple[int, int]:
-        """(inputs, outputs) of the layer that a rank computes."""
-
     def __call__(
         self,
         layer: MoRALinear,
         x: Tensor,
         mora_matrix_shard: Tensor,
-        path: Compute,
     ) -> Tensor:
         """This rank's part of the layer's output, from its shard of M."""
 
@@ -383,25 +378,14 @@ class MoRALinear(AdaptedLinear):
         self.tables: KernelTables | None = None
         self._tables_in_use: object = None
 
-    def path(self, tokens: int) -> Compute:
-        """How the layer is computed for a number of tokens: as `compute` says, or where
-        that is AUTO the cheaper way."""
-        if self.compute is not Compute.AUTO:
-            return self.compute
-        sizes = self.in_features, self.out_features
-        if self.split is not None:
-            sizes = self.split.sizes(self.spec)
-        return cheaper_path(tokens, *sizes)
-
     def forward(self, x: Tensor) -> Tensor:
         drops = self.training and self.dropout
         # A graph has the update by itself, as `torch.compile` traces no other path
         if self.split is None and (drops or torch.compiler.is_compiling()):
             return super().forward(x)
-        path = self.path(x.numel() // x.shape[-1])
         mora_matrix = self.mora_matrix.to(x.dtype)
         if self.split is not None:
-            return self.split(self, x, mora_matrix, path)
+            return self.split(self, x, mora_matrix)
         weight = self.frozen_for(x)
         products: LayerProducts
         if x.device.type in KERNEL_DEVICES:
@@ -410,7 +394,7 @@ class MoRALinear(AdaptedLinear):
             # Kept as long as the layer uses them, however many other layers there are
             self._tables_in_use = tables_of(self.spec, x.device)
             products = LayerProducts(self.spec)
-        return mora_linear(x, weight, self.bias, mora_matrix, products, path)
+        return mora_linear(x, weight, self.bias, mora_matrix, products, self.compute)
 
     def kernel_tables(self, device: torch.device) -> KernelTables:
         """The operator's index tables on a device, made anew for another operator."""

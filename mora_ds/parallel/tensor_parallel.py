@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.inject import config_of, mora_layers
 from mora_ds.adapters.layer import MoRALinear
-from mora_ds.adapters.ops.linear import Compute, LayerProducts, mora_linear
+from mora_ds.adapters.ops.linear import LayerProducts, mora_linear
 from mora_ds.adapters.ops.mora import (
     OperatorSpec,
     compress,
@@ -132,17 +132,11 @@ class LayerSplit:
     topology: Topology
     style: Style
 
-    def sizes(self, spec: OperatorSpec) -> tuple[int, int]:
-        """(number of inputs, number of outputs) of this rank's part of the layer."""
-        window = self._window(spec)
-        return window.d_in, window.d_out
-
     def __call__(
         self,
         layer: MoRALinear,
         x: Tensor,
         mora_matrix_shard: Tensor,
-        path: Compute,
     ) -> Tensor:
         """(..., d_in) -> (..., d_out), where a rowwise layer's input and a colwise
         layer's output are this rank's slices. `mora_matrix_shard`: this rank's shard of
@@ -154,7 +148,7 @@ class LayerSplit:
             self.topology, self.style, layer.stored_weight, layer.bias
         )
         products = WindowProducts(self._window(layer.spec), self)
-        y = mora_linear(x, weight, bias, mora_matrix_shard, products, path)
+        y = mora_linear(x, weight, bias, mora_matrix_shard, products, layer.compute)
         return (
             y if self.style is Style.COLWISE else _summed(self.topology, y, layer.bias)
         )

@@ -66,7 +66,7 @@ def test_a_forward_is_at_most_so_deep():
         layer = MoRALinear(nn.Linear(32, 32, dtype=dtype), spec)
         measures = forward_calls(layer, torch.ones(tokens, 32, dtype=dtype))
         calls, _, depth, files = measures.values()
-        assert calls <= 21 and depth <= 7 and files <= 4, (measures, spec, tokens)
+        assert calls <= 20 and depth <= 7 and files <= 4, (measures, spec, tokens)
 
 
 def test_tests_touch_private_attributes_in_few_places():

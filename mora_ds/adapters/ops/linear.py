@@ -70,14 +70,18 @@ def mora_linear(
     bias: Tensor | None,
     mora_matrix: Tensor,
     products: LayerProducts,
-    path: Compute,
+    compute: Compute,
 ) -> Tensor:
     """(..., d_in) -> (..., d_out), by the steps of `products`. `weight` (d_out, d_in) is
-    frozen; a transposed view will do. `path`: not AUTO."""
+    frozen; a transposed view will do."""
     if x.dim() == 1:
-        rows = mora_linear(x.unsqueeze(0), weight, bias, mora_matrix, products, path)
+        rows = mora_linear(x.unsqueeze(0), weight, bias, mora_matrix, products, compute)
         return rows.squeeze(0)
-    by_weight = path is Compute.WEIGHT
+    if compute is Compute.AUTO:
+        # Those that this process computes
+        d_in = products.spec.d_in
+        compute = cheaper_path(x.numel() // d_in, d_in, products.spec.d_out)
+    by_weight = compute is Compute.WEIGHT
     return MoRALinearFunction.apply(x, weight, bias, mora_matrix, products, by_weight)
 
 

@@ -3,7 +3,7 @@ shape and kind of device.
 """
 
 from functools import partial
-from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from mora_ds.adapters.ops.linear import (
 )
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from mora_ds.parallel.windows import Window
 from tests.helpers.operators import (
     by_definition,
     by_path,
@@ -141,10 +142,15 @@ def test_the_rule_takes_the_weight_from_a_number_of_tokens_on(d_in, d_out, token
 
 
 def test_the_rule_counts_the_part_of_a_layer_that_a_process_computes():
-    layer = MoRALinear(nn.Linear(16, 16), OperatorSpec(OperatorKind.SHARE, 16, 16, 8))
-    assert layer.path(1) is Compute.ACTIVATION
-    layer.split = SimpleNamespace(sizes=lambda spec: (16, 2))
-    assert layer.path(1) is Compute.WEIGHT
+    """A layer of 16 x 16 is computed over the activations for 1 token, its part of 16 x 2
+    over the weight."""
+    spec = OperatorSpec(OperatorKind.SHARE, 16, 16, 8)
+    products = LayerProducts(Window(spec, (0, 16), (0, 2)))
+    x = random(1, 16).float()
+    weight = random(2, 16, seed=1).float()
+    mora_matrix = random(8, 8, seed=2).float()
+    with patch.object(products, "output", side_effect=AssertionError):
+        mora_linear(x, weight, None, mora_matrix, products, Compute.AUTO)
 
 
 @pytest.mark.parametrize("tokens", [2, 8])
