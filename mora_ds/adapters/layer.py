@@ -429,7 +429,7 @@ def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     }
 
 
-def value_names(model: nn.Module) -> set[str]:
+def adapter_parameter_names(model: nn.Module) -> set[str]:
     """Names of the parameters of all adapters, those of domains included."""
     names = set()
     for name, layer in mora_layers(model).items():

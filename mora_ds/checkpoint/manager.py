@@ -60,9 +60,9 @@ from mora_ds.runtime.ranks import Ranks, Result
 
 logger = logging.getLogger(__name__)
 
-Shares = list[tuple[dict[str, JsonObject], list[Any]]]
-"""What every rank brings rank 0: the files that it has recorded, and each section's
-facts."""
+RankFacts = list[tuple[dict[str, JsonObject], list[Any]]]
+"""What rank 0 gets from each rank: the files that it has written, and the facts of each
+section."""
 
 
 class CheckpointManager:
@@ -156,9 +156,9 @@ class CheckpointManager:
             with self._deleted_on_failure(written):
                 together("files of each rank", lambda: _write(own, tensors, gathered))
                 facts = [part.facts for part in gathered]
-                shares = gather_to_rank0((own.recorded, facts), ranks.group)
+                of_ranks = gather_to_rank0((own.recorded, facts), ranks.group)
                 together(
-                    "manifest", lambda: self._finish(own, shares, step, keep, best)
+                    "manifest", lambda: self._finish(own, of_ranks, step, keep, best)
                 )
 
         return work
@@ -166,16 +166,16 @@ class CheckpointManager:
     def _finish(
         self,
         own: CheckpointFiles,
-        shares: Shares | None,
+        of_ranks: RankFacts | None,
         step: int,
         keep: int | None,
         best: int,
     ) -> None:
-        """Rank 0, which has all `shares`, makes a checkpoint of what was written, names
-        it, and deletes others."""
-        if shares is None:
+        """Rank 0, which has the facts of all ranks, makes a checkpoint of what was
+        written, names it, and deletes others. Other ranks have None."""
+        if of_ranks is None:
             return
-        self._commit(own, shares, step)
+        self._commit(own, of_ranks, step)
         name_best(self.storage, best)
         self.storage.link(LATEST, step_name(step))
         if keep is not None:
@@ -188,11 +188,11 @@ class CheckpointManager:
                     error,
                 )
 
-    def _commit(self, own: CheckpointFiles, shares: Shares, step: int) -> None:
+    def _commit(self, own: CheckpointFiles, of_ranks: RankFacts, step: int) -> None:
         for number, section in enumerate(self.sections):
-            section.finish(own, [facts[number] for _, facts in shares])
+            section.finish(own, [facts[number] for _, facts in of_ranks])
         recorded = dict(own.recorded)
-        for written, _ in shares:
+        for written, _ in of_ranks:
             recorded.update(written)
         self._require_written(own.folder, recorded)
         with self.storage.write(f"{own.folder}/{MANIFEST}") as path:

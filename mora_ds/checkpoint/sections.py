@@ -3,8 +3,8 @@
     adapter_sections    ledger, adapter, engine, random, state, tokenizer
     full_sections       engine, random, state
 
-A section knows the files of a checkpoint that are its own; what it must not be without
-is in `required`. The position in the data is a field of the trainer state, which tells
+A section names its files and folders in a checkpoint: `files` it may have, `required` it
+must have. The position in the data is a field of the trainer state, which tells
 the step. The engine's tensors and the random states of a rank lie in one file, whatever
 the number of ranks.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mora_ds.adapters.domains import domain_layers, domains_of
 from mora_ds.adapters.inject import set_cycle
-from mora_ds.adapters.layer import mora_layers, value_names
+from mora_ds.adapters.layer import adapter_parameter_names, mora_layers
 from mora_ds.checkpoint.adapter_files import (
     AdapterFile,
     AdapterTensors,
@@ -133,9 +133,9 @@ class Section:
 
     name: ClassVar[str]
     files: ClassVar[tuple[str, ...]] = ()
-    """Files and folders at the top of a checkpoint that are its own."""
+    """The files and folders of the section, at the top of a checkpoint."""
     required: ClassVar[tuple[str, ...]] = ()
-    """Those of them without which the section is missing."""
+    """Those that every checkpoint with this section has."""
 
     def gather(self, step: int) -> Gathered:
         """What this rank is to write."""
@@ -348,7 +348,7 @@ class AdapterSection(Section):
         )
         # What is trained besides, embeddings, norms and head, each tied one by its
         # first name.
-        adapted = value_names(model)
+        adapted = adapter_parameter_names(model)
         trained = _collect_on_rank0(
             (name, zero.full_fp32(value))
             for name, value in model.named_parameters()

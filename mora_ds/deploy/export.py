@@ -355,7 +355,7 @@ def updated_tensors(run: MergedModelSource) -> Callable[[str, torch.dtype], Tens
         if key_in_base in stored:
             # The current cycle is merged too, as the next merge would do it.
             weight = stored[key_in_base]
-            updated = weight.live(original, run.updates(weight.entry), dtype)
+            updated = weight.merged(original, run.updates(weight.entry), dtype)
         elif run.is_onto:
             new = run.trained(trained[key_in_base], torch.float32)
             change = new - run.base.read(key_in_base).float()

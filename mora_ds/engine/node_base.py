@@ -1,7 +1,7 @@
-"""The frozen base of a node, which its processes share where it is in host memory
+"""The frozen base in host memory, which the processes of a node share
 (`runtime/node_memory.py`).
 
-    share_base(model, ranks)          in `mora_ds.initialize`: from here on the weights lie in memory of the node
+    share_base(model, ranks)          in `mora_ds.initialize`: moves the weights to memory of the node
     node_base_of(model).rebuild_weights(...)     a merge, a resume: each layer is written by one process of the node
 
 No other run ever trusts this memory: a resumed run forms its weights from the original
@@ -88,9 +88,9 @@ class NodeBase:
                     "frozen weights were replaced after the start: they are not those that processes share"
                 )
 
-        self.ranks.agree("begin of the forming of the base", check, long=True)
+        self.ranks.agree("start of the rebuilding of the base", check, long=True)
         return self.ranks.agree(
-            "forming of the base",
+            "rebuilding of the base",
             lambda: {name: work(name, item) for name, item in ready},
             long=True,
         )
@@ -103,7 +103,7 @@ class NodeBase:
     ) -> Tensor:
         """A table (names, width) in fp32 on the CPU, the same on every process: a row
         of scalars for each name. `rows` has those of this process's `layers`.
-        Collective as `rebuild_weight` is."""
+        Collective where `rebuild_weights` is."""
         table = torch.zeros(len(names), width)
         for index, name in enumerate(names):
             # A row is added once: other nodes have the same, and so have the processes

@@ -1,5 +1,5 @@
-"""What training changes in an engine, as tensors: taken from it, and put into it by any
-number of processes. Files are no matter of this module (`checkpoint.shard_table`).
+"""Gets all that training changes from an engine as tensors, and restores it in any number
+of processes. `checkpoint.shard_table` has the files.
 
     partitions_of   what this process holds: master weights, optimizer state, which extents of which parameters they are
     restore         master weights, low-precision copies, optimizer state and counters, from what a `SavedState` holds
@@ -216,8 +216,8 @@ def _as_saved(flat: Flat, value: Tensor) -> Tensor:
         return value.detach()
     if flat.state_spans is flat.spans:
         return value.detach().view(-1)
-    # Muon's momentum holds its matrices whole: other ranks save what they have of them
-    # in their master weights.
+    # Muon's momentum has unsharded matrices: each rank saves the elements that it has in
+    # its master weights.
     moments = value.new_zeros(flat.master.numel())
     for full, span in zip(flat.state_spans, flat.spans, strict=True):
         first = full.offset + span.start

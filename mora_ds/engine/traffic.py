@@ -43,11 +43,8 @@ class CollectiveCounter:
 
     @property
     def gathered_bytes(self) -> int:
-        return sum(
-            nbytes
-            for kind, nbytes in self.bytes.items()
-            if kind.startswith("all_gather")
-        )
+        gathers = [kind for kind in self.bytes if kind.startswith("all_gather")]
+        return sum(self.bytes[kind] for kind in gathers)
 
     @contextmanager
     def counting(self) -> Iterator[CollectiveCounter]:
@@ -66,7 +63,7 @@ class CollectiveCounter:
     def _counted(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
             values = (*args, *kwargs.values())
-            self.bytes[kind] += max(nbytes_of(value) for value in values)
+            self.bytes[kind] += max(map(nbytes_of, values))
             for tensor in tensors_of(values):
                 if tensor.untyped_storage().data_ptr() in self._base_storages:
                     self.base_bytes += nbytes_of(tensor)

@@ -56,13 +56,13 @@ class MergeReport:
     mora_matrix_norm: float
     """Norm of the MoRA matrices."""
     delta_norm: float
-    """Norm of the deltas that the matrices stand for."""
+    """Norm of the deltas of the matrices."""
     weight_norm: float
     """Norm of the weights before the merge, earlier merges included."""
     rounding_loss: float
-    """Share of the deltas that the dtype of the weights did not take up (0 in fp32; the
-    ledger has all of it). Above 1 where deltas are smaller than what rounding changes,
-    as they may be in 8 bits."""
+    """Fraction of the deltas that is lost to rounding (0 in fp32; the ledger loses
+    nothing). Above 1 where deltas are smaller than what rounding changes, as they may be
+    in 8 bits."""
     loss_before: float | None = None
     loss_after: float | None = None
     """Loss on the reference batch before and after the merge, if there is one."""
@@ -95,7 +95,7 @@ def layer_entries(model: torch.nn.Module) -> Layers:
 class ReMoRA:
     """Merges of one engine, and its base rebuilt at a resume.
 
-    The live base is always the original of `base` plus all deltas in `ledger`, summed
+    The merged weights are always those of `base` plus all deltas in `ledger`, summed
     in fp32 and rounded once. `keys` maps a layer's weight name to its key in `base`.
     Rank 0 writes the ledger, which all ranks see.
     """
@@ -175,13 +175,13 @@ class ReMoRA:
     def _rebuild_weights(
         self, mora_matrices: Iterable[tuple[str, Tensor | None]], is_merge: bool
     ) -> dict[str, MergeNorms]:
-        """Form every merged weight anew: its original, all deltas of the ledger, and that
-        of the current cycle's M where `mora_matrices` has one and not None. Where the
-        processes of a node share the base, each layer is formed by one of them. Returns
+        """Rebuild every merged weight: its original, all deltas of the ledger, and that of
+        the current cycle's M where `mora_matrices` has one. Where the processes of a
+        node share the base, one of them rebuilds a layer. Returns
         {module name: norms} of the matrices that this process has merged. `is_merge`:
         whether the weights get another cycle than the ledger's."""
         if prefetcher := prefetcher_of(self.engine.module):
-            # Streamed weights are about to change, of which the device has copies
+            # The device has copies of streamed weights, which are about to change
             prefetcher.invalidate()
         model = self.engine.module
         layers = mora_layers(model)
@@ -257,7 +257,7 @@ class ReMoRA:
         set_cycle(self.engine.module, self.config, self.cycle)
 
     def rebuild_base(self) -> None:
-        """Form every merged weight from its original and the ledger. Collective."""
+        """Rebuild every merged weight from its original and the ledger. Collective."""
         names = [(name, None) for name in mora_layers(self.engine.module)]
         self._rebuild_weights(names, is_merge=False)
         # No process reads the earlier sums any more

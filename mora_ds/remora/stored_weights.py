@@ -32,13 +32,13 @@ class StoredWeight:
     expert: int | None = None
     """The number of their expert; None where the tensor is a layer's weight itself."""
 
-    def live(
+    def merged(
         self,
         read: Callable[[str], Tensor],
         updates: Iterable[Update],
         dtype: torch.dtype,
     ) -> Tensor:
-        """The tensor with the updates of its layer, summed as `merged_weight` sums them.
+        """The tensor with all updates of its layer, as `merged_weight` sums them.
         `read`: an original by key."""
         originals = [read(key) for key in self.keys]
         original = torch.cat(originals) if len(originals) > 1 else originals[0]

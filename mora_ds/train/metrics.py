@@ -39,8 +39,8 @@ STEP_TAGS = {
     "alignment": ("9_research/alignment", 1.0),
 }
 """Key of a step's row -> its TensorBoard tag and the factor to the tag's unit.
-TensorBoard sorts groups by name and opens the first ones: the digits put the curves
-first that a person looks for first."""
+TensorBoard sorts groups by name and opens the first ones: the digits put the most
+important curves first."""
 
 GROUPS = {
     "eval_perplexity": "2_evaluation/perplexity",
@@ -51,7 +51,7 @@ GROUPS = {
 """Kind of a row of metrics.jsonl -> the TensorBoard group of its numbers."""
 
 FORGETTING = "2_forgetting/change_percent"
-"""The TensorBoard group of what each evaluation set has lost since the start."""
+"""The TensorBoard group of the change of each evaluation set's perplexity since the start."""
 
 
 def source_facts(

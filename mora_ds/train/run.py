@@ -22,7 +22,7 @@ from torch import Tensor
 from mora_ds.adapters.config import AS_LOADED
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import base_weights, config_of, frozen_buffers
-from mora_ds.adapters.layer import AdaptedLinear, mora_layers, value_names
+from mora_ds.adapters.layer import AdaptedLinear, adapter_parameter_names, mora_layers
 from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.frozen import QuantizedWeight
 from mora_ds.adapters.quantized import quantized_layers
@@ -284,14 +284,14 @@ class Run(TrainingRun):
         self.ranks.run_on_rank0("writing of the merge ledger", write, long=True)
 
     def set_fixed(self, fixed: Tensors) -> None:
-        """Give the layers what is fixed of their adapter weights in this cycle."""
+        """Set the columns of adapter weights that are not trained in this cycle."""
         layers = mora_layers(self.engine.module)
         for name, tensor in fixed.items():
             layer = layers[name]
             layer.fixed = tensor.to(layer.device, layer.dtype)
 
     def _fixed_of_base(self) -> Tensors:
-        """What follows from the base alone."""
+        """These columns where they follow from the base alone."""
         remora = self.remora
         layers = mora_layers(self.engine.module)
         return from_base_weights(
@@ -304,7 +304,7 @@ class Run(TrainingRun):
         )
 
     def _watch_gradients(self) -> None:
-        """Note at which micro-step the newest gradient came."""
+        """Record the micro-step of the newest gradient."""
         self._gradient_of: int | None = None
         """`engine.micro_steps` at the newest backward pass. `engine.step` counts that
         up, so that the two are equal while gradients wait for their step."""
@@ -469,7 +469,7 @@ def mapped_keys(model: Any, base: BaseCheckpoint, ranks: Ranks) -> dict[str, str
     """Parameter name -> key in the base, for every parameter; the frozen ones are
     compared with it bit for bit, quantized ones to within their rounding."""
     frozen = base_weights(model)
-    adapted = value_names(model)
+    adapted = adapter_parameter_names(model)
     trained = [name for name, _ in model.named_parameters() if name not in adapted]
     keys = map_model(base, model, [*frozen, *map(stands_for, trained)])
     rounded = quantized_layers(model)
