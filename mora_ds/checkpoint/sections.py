@@ -257,8 +257,8 @@ class StateSection(Section):
 
 
 class LedgerSection(Section):
-    """The merge ledger: its cycles are those of the run's own one, by hard links where
-    the storage has them."""
+    """The merge ledger, a copy of the run's own: hard links where the storage has
+    them."""
 
     name = "ledger"
     files = (LEDGER_FOLDER,)
@@ -297,8 +297,8 @@ class LedgerSection(Section):
 
 
 def _check_cycles(ledger: Ledger) -> None:
-    """Raises `RunError` where one of this rank's share of the cycles is damaged: they
-    are older than the checkpoint, whose manifest would record them as right."""
+    """Raises `RunError` where a cycle is damaged, of those that this rank checks. They
+    are older than the checkpoint, whose manifest would list damaged files as intact."""
     rank = torch.distributed.get_rank()
     for record in ledger.records[rank :: torch.distributed.get_world_size()]:
         path = ledger.folder / record.file
@@ -346,8 +346,7 @@ class AdapterSection(Section):
             (name, layer.unshard(zero.full_fp32(layer.adapter_weight)))
             for name, layer in layers.items()
         )
-        # What is trained besides, embeddings, norms and head, each tied one by its
-        # first name.
+        # Embeddings, norms and head, each tied one by its first name
         adapted = adapter_parameter_names(model)
         trained = _collect_on_rank0(
             (name, zero.full_fp32(value))
@@ -395,8 +394,7 @@ class AdapterSection(Section):
         adapter = read_adapter(saved.local(ADAPTER_JSON).parent)
         set_cycle(model, self.remora.config, adapter.cycle)
         layers = mora_layers(model)
-        # A matrix that was trained in another operator means another update in this
-        # one.
+        # With another operator the same matrix is another update
         for name in different_keys(adapter.layers, layer_entries(model)):
             raise UserError(
                 f"{saved.path / ADAPTER_JSON}: {name} has another operator there than in this model, or is not adapted "

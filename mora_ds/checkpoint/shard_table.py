@@ -22,7 +22,7 @@ It records no hashes.
 place of them: extents of one length that follow one another in a parameter and from
 rank to rank. A matrix is then about two rows, whatever the number of ranks: its equal
 shares, and the last one, which is shorter. Each rank counts its own extents back to
-where the first rank would hold them, so that ranks of the same runs bring rank 0 the
+where the first rank would hold them, so that ranks of the same runs send rank 0 the
 same bytes.
 """
 
@@ -93,8 +93,8 @@ class RankShard(NamedTuple):
     rank: int
     file: str
     stride: int
-    """What this rank holds goes on with the rank so much higher: 1, or the size of a
-    tensor-parallel group."""
+    """The distance to the rank that holds the following elements: the size of a
+    tensor-parallel group, else 1."""
     origins: bytes
     """Compressed rows (P, 8) int64, a run of one extent each: those of this rank,
     counted back to where the first rank would hold them if they continued its own."""

@@ -103,7 +103,7 @@ class MergedModelSource(Adapter):
         return self.target is not self.base
 
     def updates(self, entry: LayerEntry) -> list[tuple[UpdateSpec, Tensor]]:
-        """(operator, adapter weight) of all that is added to a layer's base weight, in
+        """(operator, adapter weight) of all updates of a layer's base weight, in
         order."""
         updates = list(self.ledger.mora_matrices_of(entry.module))
         updates.append((entry.operator, self.tensors.mora_matrix(entry.module)))

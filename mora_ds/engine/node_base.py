@@ -48,7 +48,7 @@ class NodeBase:
     slots: Tensors = field(default_factory=dict)
     """Name of a buffer -> its place in the memory of the node."""
 
-    def layers(self, model: nn.Module) -> list[str]:
+    def layers_to_write(self, model: nn.Module) -> list[str]:
         """Names of the adapted layers whose frozen weights this process writes: its
         part of those that are shared, and all others, which lie on its device."""
         layers = mora_layers(model)
@@ -71,7 +71,8 @@ class NodeBase:
         items: Iterable[tuple[str, Item]],
         work: Callable[[str, Item], Result],
     ) -> dict[str, Result]:
-        """{name: work(name, item)} for this process's `layers`; `work` writes a weight.
+        """{name: work(name, item)} for this process's `layers_to_write`; `work` writes a
+        weight.
 
         Collective, if `items` are, or if any processes share a base: all then have
         their items before the first weight is written, and an error of one process is
@@ -102,7 +103,7 @@ class NodeBase:
         width: int,
     ) -> Tensor:
         """A table (names, width) in fp32 on the CPU, the same on every process: a row
-        of scalars for each name. `rows` has those of this process's `layers`.
+        of scalars for each name. `rows` has those of this process's `layers_to_write`.
         Collective where `rebuild_weights` is."""
         table = torch.zeros(len(names), width)
         for index, name in enumerate(names):

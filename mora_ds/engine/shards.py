@@ -1,5 +1,5 @@
-"""Gets all that training changes from an engine as tensors, and restores it in any number
-of processes. `checkpoint.shard_table` has the files.
+"""Gets all that training changes from an engine as tensors, and restores it in any
+number of processes. `checkpoint.shard_table` has the files.
 
     partitions_of   what this process holds: master weights, optimizer state, which extents of which parameters they are
     restore         master weights, low-precision copies, optimizer state and counters, from what a `SavedState` holds
@@ -93,8 +93,8 @@ class Partitions(NamedTuple):
     settings: list[JsonObject]
     """Of the optimizer's groups, its learning rates among them."""
     stride: int
-    """The size of a tensor-parallel group, else 1: the ranks that hold what follows on
-    an extent are so far apart."""
+    """The distance of the ranks that hold consecutive extents: the size of a
+    tensor-parallel group, else 1."""
 
 
 State = tuple[list[str], Tensors]
@@ -216,8 +216,8 @@ def _as_saved(flat: Flat, value: Tensor) -> Tensor:
         return value.detach()
     if flat.state_spans is flat.spans:
         return value.detach().view(-1)
-    # Muon's momentum has unsharded matrices: each rank saves the elements that it has in
-    # its master weights.
+    # Muon's momentum has unsharded matrices: each rank saves the elements that it has
+    # in its master weights.
     moments = value.new_zeros(flat.master.numel())
     for full, span in zip(flat.state_spans, flat.spans, strict=True):
         first = full.offset + span.start

@@ -143,7 +143,7 @@ def change(model):
             layer.rebuild_weight(layer.read().float() * 1.5, [])
 
     node.rebuild_weights(
-        model, [(name, layers[name]) for name in node.layers(model)], grow
+        model, [(name, layers[name]) for name in node.layers_to_write(model)], grow
     )
 
 

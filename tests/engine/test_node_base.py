@@ -174,7 +174,7 @@ def faults():
         if is_odd:
             raise RunError(f"no memory for {name}")
 
-    items = [(name, None) for name in node.layers(model)]
+    items = [(name, None) for name in node.layers_to_write(model)]
     with run_error("rank 1: no memory for"):
         node.rebuild_weights(model, items, work)
     if is_odd:
@@ -215,7 +215,7 @@ def test_a_process_alone_owns_all_layers_and_several_deal_them_out():
     assert balanced(sizes, 2) == [["a", "d"], ["c", "b"]]
     assert balanced(sizes, 5)[4] == []
     model = model_with_mora()
-    assert NodeBase().layers(model) == list(mora_layers(model))
+    assert NodeBase().layers_to_write(model) == list(mora_layers(model))
 
 
 def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once():
@@ -232,10 +232,10 @@ def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once()
     for rank in range(4):  # of two nodes
         ranks = mock.Mock(rank=rank, is_rank0=rank == 0, sum=lambda table: table)
         base = NodeBase(ranks, (0, 1) if rank < 2 else (2, 3), slots)
-        written += base.layers(model)
+        written += base.layers_to_write(model)
         rows = {
             name: [torch.tensor(float(1 + list(layers).index(name)))]
-            for name in base.layers(model)
+            for name in base.layers_to_write(model)
         }
         total += base.gather_rows(rows, list(layers), 1)
     assert sorted(written) == sorted([*layers, "lm_head"] * 2)

@@ -132,7 +132,9 @@ def merge_by_hand(engine):
         layers[name].weight += delta_weight(layers[name].spec, mora_matrix)
 
     node.rebuild_weights(
-        model, [(name, mora_matrices[name]) for name in node.layers(model)], add
+        model,
+        [(name, mora_matrices[name]) for name in node.layers_to_write(model)],
+        add,
     )
     zero.reset_group(engine, 0)
 
