@@ -134,13 +134,11 @@ def test_experts_are_refused_as_an_adapter_of_peft(reference, tmp_path):
 
 OTHERS = """
 mixtral | --bf16
-mixtral | --base_device host
-mixtral | --target_modules experts.down_proj
+mixtral | --target_modules experts.down_proj --base_device host
 qwen3_moe | --deepspeed configs/zero1.json --operator decouple
 mixtral | --deepspeed configs/zero2.json --operator rotate --base_bits 8
 deepseek_v3 | --operator truncate
-gpt_oss | --operator decouple
-gpt_oss | --base_bits 8 --gradient_checkpointing
+gpt_oss | --operator decouple --base_bits 8 --gradient_checkpointing
 """
 
 

@@ -17,8 +17,8 @@ from tests.helpers.fuzz import seed_of_commit
 from tests.helpers.fuzz_runs import SETTINGS, SMALL, fuzz, prepare
 from tests.helpers.tables import rows
 
-CASES = 70
-"""Seeds for each commit: about 200 runs."""
+CASES = 50
+"""Seeds for each commit: about 140 runs."""
 
 OF_EVERY_CASE = {*SMALL, "model_name_or_path", "train_files", "mixture"}
 ELSEWHERE = {
@@ -37,7 +37,7 @@ def test_every_setting_is_tried():
     assert {*tried, *OF_EVERY_CASE, *ELSEWHERE} == known
 
 
-@pytest.mark.heavy(seconds=150)
+@pytest.mark.heavy(seconds=110)
 @pytest.mark.timeout(1200)
 def test_settings_run_or_are_refused_by_name(user, tmp_path):
     first, count = map(

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.fuzz import fuzz, seed_of_commit, subjects
 
 FEW = 40
-MANY = 600
+MANY = 400
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_tools_survive_a_few_mutations(check, tmp_path):
     check(range(FEW), tmp_path)
 
 
-@pytest.mark.heavy(seconds=40)
+@pytest.mark.heavy(seconds=30)
 def test_tools_survive_many_mutations(check, tmp_path):
     first = seed_of_commit()
     check(range(first, first + MANY), tmp_path)

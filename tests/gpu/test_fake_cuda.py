@@ -78,7 +78,7 @@ def test_planted_faults_are_noticed(faults, name, message):
     assert re.search(f"Fault: {message}", faults[name]), faults[name]
 
 
-@pytest.mark.heavy(seconds=150)
+@pytest.mark.heavy(seconds=70)
 def test_every_combination_of_an_operator_every_grouping_and_every_recipe(tmp_path):
     names = configurations().keys() - {*PAIRS, *NAMED}
     assert not {

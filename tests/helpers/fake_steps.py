@@ -10,7 +10,7 @@ import sys
 import traceback
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -62,13 +62,17 @@ checkpointing: [none, gradient_checkpointing, reentrant]
 
 def configurations():
     """Name -> settings: those of the YAML file, every recipe, every combination of an
-    operator.
+    operator, with the ways of checkpointing in turn.
     """
     named = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
     for path in RECIPES.glob("*.yaml"):
         named[f"recipe {path.stem}"] = yaml.safe_load(path.read_text())
-    for values in product(*OPERATORS.values()):
-        settings = dict(zip(OPERATORS, values, strict=True))
+    *choices, checkpointing = OPERATORS.values()
+    in_turn = [
+        dict(zip(OPERATORS, (*values, kind), strict=True))
+        for values, kind in zip(product(*choices), cycle(checkpointing), strict=False)
+    ]
+    for settings in (*in_turn, *pairwise_cases(OPERATORS)):
         named[str(settings)] = {**settings, settings["checkpointing"]: True}
     return named
 

@@ -70,16 +70,14 @@ def test_a_run_over_split_rows_and_on_at_one_rank(user, one, merged, out):
 
 
 VARIANTS = """
-documents see each other | --no_document_mask
-gradient checkpointing | --gradient_checkpointing
+documents see each other | --no_document_mask --gradient_checkpointing
 lora | --adapter lora --mora_rank 4
 full | --adapter full --merge_every 0 --restart_warmup_steps 10 --train_norms false
 none | --adapter none --merge_every 0 --restart_warmup_steps 10 --train_norms false
-evaluation cut short | --max_eval_batches 3 --per_device_eval_batch_size 1
 all trained | --train_embeddings --train_head --async_save
 muon | --optimizer muon
 base in 8 bits | --base_bits 8
-ZeRO-1 | --deepspeed configs/zero1.json
+ZeRO-1, evaluation cut short | --deepspeed configs/zero1.json --max_eval_batches 3 --per_device_eval_batch_size 1
 """
 """Without an adapter, the adapter settings of `RUN` are reset."""
 

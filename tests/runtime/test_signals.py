@@ -345,22 +345,6 @@ def test_a_killed_rank_takes_the_job_down(start):
     assert "[rank 0] error: lost contact with another rank" in log.read_text()
 
 
-def torchrun(more, flags):
-    """The command line of a run on two ranks. `more`: flags of torchrun."""
-    program = Path(sys.executable).with_name("torchrun")
-    start = f"--standalone --nproc_per_node 2 {more}"
-    return words(program, start, REPOSITORY / "launch/pretrain.py", *flags)
-
-
-def test_torchrun_starts_the_same_run(user, reference, tmp_path, out):
-    line = torchrun("", user.flags(out, MERGING))
-    done = subprocess.run(
-        line, cwd=tmp_path, env=environment(), capture_output=True, timeout=180
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert_same_run(out, reference)
-
-
 @pytest.mark.heavy
 def test_torchrun_starts_a_run_again_that_has_lost_a_rank(
     user, reference, tmp_path, out
@@ -368,7 +352,10 @@ def test_torchrun_starts_a_run_again_that_has_lost_a_rank(
     """As the guide says: --max-restarts, --resume_from_checkpoint auto, and a new store for
     each start. In the one that torch 2.13 shares by default, processes which are started
     again find the addresses of the dead ones."""
-    line = torchrun("--max-restarts 2", user.flags(out, MERGING, AUTO))
+    program = Path(sys.executable).with_name("torchrun")
+    start = "--standalone --nproc_per_node 2 --max-restarts 2"
+    job_file = REPOSITORY / "launch/pretrain.py"
+    line = words(program, start, job_file, *user.flags(out, MERGING, AUTO))
     settings = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(

@@ -21,6 +21,7 @@ from mora_ds.train.start_up import start_up
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import refused, research, run
 from tests.helpers.mixtures import mixture_flags, write_mixture
+from tests.helpers.pairwise import pairwise
 from tests.helpers.tables import rows
 
 SECONDS = 20.0
@@ -259,9 +260,16 @@ def mixed_start(user, out, folder, world):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("world, failing", [(2, 0), (2, 1), (3, 0), (3, 2)])
-@pytest.mark.parametrize("start", [planned_start, resumed_start, mixed_start])
-def test_a_failure_at_each_check(user, tmp_path, out, world, failing, start):
+@pairwise(
+    {
+        "start": [planned_start, resumed_start, mixed_start],
+        "world": [2, 3],
+        "last": [False, True],
+    }
+)
+def test_a_failure_at_each_check(user, tmp_path, out, start, world, last):
+    """Of the first rank or of the last one."""
+    failing = world - 1 if last else 0
     argv = start(user, out, tmp_path, world)
     healthy = [*argv, "--output_dir", str(tmp_path / "healthy")]
     names = run_ranks(world, checks_of, healthy)[0]

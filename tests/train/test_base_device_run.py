@@ -70,10 +70,8 @@ def test_a_run_is_the_same_and_goes_on_on_the_other_side(user):
 
 
 MORE = """
---gradient_accumulation_steps 4
---base_bits 8 --gradient_checkpointing --bf16
---base_bits 8 --operator share
---adapter lora
+--base_bits 8 --operator share --gradient_checkpointing --bf16
+--adapter lora --gradient_accumulation_steps 4
 --optimizer muon --chunked_loss --attn_implementation sdpa
 --operator decouple --mora_dropout 0.1
 --sequence_parallel_size 2

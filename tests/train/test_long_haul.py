@@ -1,4 +1,4 @@
-"""The long haul: 400 short steps, 7 merges, 6 kills at random moments; memory and file
+"""The long haul: 300 short steps, 5 merges, 6 kills at random moments; memory and file
 descriptors stay flat.
 
     pytest tests/train/test_long_haul.py -m heavy                          two ranks; 2 minutes
@@ -21,7 +21,7 @@ from tests.helpers.jobs import job, rows
 from tests.helpers.outcome import assert_same_outcome
 
 RANKS = 2
-STEPS = int(os.environ.get("LONG_HAUL_STEPS", "400"))
+STEPS = int(os.environ.get("LONG_HAUL_STEPS", "300"))
 MERGE_EVERY = 50
 
 KILLS = max(6, STEPS // 100)
@@ -111,7 +111,7 @@ def _last_step(out):
     return int(digits) if digits.isdigit() else 0
 
 
-@pytest.mark.heavy(seconds=150)
+@pytest.mark.heavy(seconds=110)
 @pytest.mark.timeout(3 * STEPS)
 def test_a_long_run_with_kills_equals_an_uninterrupted_one(user, tmp_path, out):
     reference = tmp_path / "reference"

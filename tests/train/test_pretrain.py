@@ -29,7 +29,7 @@ from mora_ds.deploy.export import export_merged
 from mora_ds.models.loss import token_nll
 from mora_ds.train.pretrain import _total_steps
 from tests.helpers.errors import user_error
-from tests.helpers.gloo import run_alone, run_ranks
+from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import (
     REPOSITORY,
     ZERO3,
@@ -96,12 +96,6 @@ def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user, tm
             assert_close(mora_matrices[name], expected[name], rtol=1e-3, atol=2e-5)
 
 
-def test_document_mask_can_be_turned_off(user, tmp_path):
-    run(1, user.flags(tmp_path / "on"))
-    run(1, user.flags(tmp_path / "off", "--no_document_mask"))
-    assert not torch.equal(losses(tmp_path / "on"), losses(tmp_path / "off"))
-
-
 # -- the control -----------------------------------------------------------------------
 
 
@@ -137,19 +131,6 @@ def test_full_training_under_zero3_with_export_and_resume(user, tmp_path, merged
 
 
 # -- where text and model come from ----------------------------------------------------
-
-
-def test_the_same_documents_in_another_format_give_the_same_run(user, tmp_path):
-    """Other formats give the same documents: tests/data/test_readers.py."""
-    folder = tmp_path / "a folder"
-    folder.mkdir()
-    pyarrow.parquet.write_table(
-        pyarrow.table({"body": user.texts()}), folder / "a.parquet"
-    )
-    run(1, user.flags(tmp_path / "jsonl"))
-    files = ("--text_column body --train_files", folder / "*.parquet")
-    run(1, user.flags(tmp_path / "parquet", *files))
-    assert torch.equal(losses(tmp_path / "parquet"), losses(tmp_path / "jsonl"))
 
 
 def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user, tmp_path, out):
@@ -215,6 +196,21 @@ def plain(user, tmp_path_factory):
     return finished_run(
         1, user, tmp_path_factory, MERGING, "--per_device_train_batch_size 4"
     )
+
+
+def test_documents_are_those_of_another_format_and_see_each_other_without_a_mask(
+    user, plain, out, tmp_path
+):
+    """Other formats give the same documents: tests/data/test_readers.py."""
+    pyarrow.parquet.write_table(
+        pyarrow.table({"body": user.texts()}), tmp_path / "a.parquet"
+    )
+    files = ("--text_column body --train_files", tmp_path / "*.parquet")
+    same = (MERGING, "--per_device_train_batch_size 4", *files)
+    run(1, user.flags(out, *same))
+    assert torch.equal(losses(out), losses(plain))
+    run(1, user.flags(out, *same, "--no_document_mask --overwrite_output_dir true"))
+    assert not torch.equal(losses(out), losses(plain))
 
 
 @pytest.mark.parametrize(
@@ -348,25 +344,3 @@ def test_summary_and_files_of_a_run(plain):
     assert {path.name for path in plain.iterdir()} == {*written.split(), ".lock"}
     assert len(losses(plain)) == 8
     assert [step for step, _ in perplexities(plain)] == [0, 4, 8]
-
-
-# -- several nodes ---------------------------------------------------------------------
-
-
-def job_of_a_node(argv):
-    """Every rank is the first of its node, and all nodes see the same folder."""
-    os.environ["LOCAL_RANK"] = "0"
-    return job(argv)
-
-
-def test_nodes_that_share_the_output_folder(user, tmp_path):
-    out = tmp_path / "nodes"
-    one = tmp_path / "one"
-    short = user.flags(out, MERGING, "--save_steps 4")
-    summaries = run_ranks(3, job_of_a_node, short)
-    assert [summary["merges"] for summary in summaries] == [2, 2, 2]
-    shutil.rmtree(out / "checkpoints/step-000008")
-    again = run_ranks(3, job_of_a_node, [*short, "--resume_from_checkpoint", "auto"])
-    assert [summary["steps"] for summary in again] == [8, 8, 8]
-    run(1, user.flags(one, MERGING, "--per_device_train_batch_size 6"))
-    assert_close_losses(out, one, rtol=1e-4)

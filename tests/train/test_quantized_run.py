@@ -132,8 +132,7 @@ def test_after_ten_merges_every_rank_holds_the_base_plus_all_deltas_rounded_once
 
 
 IN_4_BITS = """
-{operator: share, grouping: alternate} | 3
-{operator: share, compute: weight} | 2
+{operator: share, grouping: alternate, compute: weight} | 2
 {operator: rotate, compute: activation} | 1
 {operator: decouple, dropout: 0.1} | 1
 lora | 3
@@ -143,7 +142,6 @@ IN_8_BITS = """
 {operator: decouple, compute: weight} | 3
 {operator: truncate} | 1
 lora | 3
-{operator: share} | 1
 """
 """An adapter | the ZeRO stage."""
 

@@ -15,8 +15,9 @@ from mora_ds.adapters.ops.index_tables import OPERATORS
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from tests.helpers.operators import specs
+from tests.helpers.pairwise import pairwise
 from tests.helpers.tools import called
-from tests.helpers.traffic import launches
+from tests.helpers.traffic import SHAPES, launches
 from tests.helpers.triton_code import compile_launch
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -113,11 +114,7 @@ def test_machine_code(spec, name, capability):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(
-    "shape", [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)]
-)
-@pytest.mark.parametrize("kind", list(OperatorKind))
+@pairwise({"kind": list(OperatorKind), "shape": SHAPES[:5], "capability": [80, 90]})
 def test_machine_code_of_every_operator(kind, shape, capability):
     side = 272 if OPERATORS[kind].in_blocks else 1440
     spec = OperatorSpec(kind, *shape, side, Grouping.PERMUTED, seed=1)

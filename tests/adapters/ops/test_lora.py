@@ -20,7 +20,6 @@ from tests.helpers.engines import assert_replayed, ds_config, merging_run
 from tests.helpers.models import tiny_model
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads
 from tests.helpers.pool import run_pooled
-from tests.helpers.tables import heavy
 
 SPEC = LoRASpec(d_in=12, d_out=7, rank=3, alpha=4.5)
 
@@ -91,20 +90,12 @@ def test_gradients_are_those_of_the_two_matrices():
 # -- ReLoRA: real ranks ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "world, stage, dtype",
-    [
-        (1, 1, "float32"),
-        (2, 3, "float32"),
-        (2, 2, "bfloat16"),
-        *(heavy(*case) for case in ((2, 1, "float32"), (3, 3, "bfloat16"))),
-    ],
-)
+@pytest.mark.parametrize("stage, dtype", [(3, "float32"), (2, "bfloat16")])
 def test_relora_merged_base_equals_its_replayed_ledger(
-    tmp_path, base_folder, merged, out, world, stage, dtype
+    tmp_path, base_folder, merged, out, stage, dtype
 ):
     config = LoRAConfig(rank=3)
-    ranks = run_pooled(world, merging_run, str(tmp_path), config, stage, dtype, 4)
+    ranks = run_pooled(2, merging_run, str(tmp_path), config, stage, dtype, 4)
     assert all(report["mora_matrix_norm"] > 0 for report in ranks[0]["reports"])
     assert Ledger.open(out / "ledger").cycles == 4
     assert_replayed(ranks, tmp_path)
