@@ -18,7 +18,7 @@ from torch.distributed.run import get_args_parser
 from mora_ds.config.arguments import parse
 from mora_ds.engine.launcher import check_connections, launcher_flags
 from mora_ds.runtime.signals import EXIT_STOPPED, SIGNALS
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 from tests.helpers.tools import called
 
 ROOT = Path(__file__).parents[1]
@@ -127,9 +127,7 @@ starts, requeued.
 """
 
 
-@pytest.mark.parametrize(
-    "code, to_script, state, left_with, starts, requeued", rows(ENDS)
-)
+@each_row("code, to_script, state, left_with, starts, requeued", ENDS)
 def test_slurm_queues_the_job_again_unless_a_person_ended_it(
     tmp_path, code, to_script, state, left_with, starts, requeued
 ):
@@ -166,7 +164,7 @@ REFUSED = """
 """
 
 
-@pytest.mark.parametrize("environment, message", rows(REFUSED))
+@each_row("environment, message", REFUSED)
 def test_what_slurm_cannot_start_is_named(tmp_path, environment, message):
     code, log = sbatch(tmp_path, 0, **parsed(environment))
     assert code == 2

@@ -10,7 +10,7 @@ from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.common.errors import validation_errors_of
 from tests.helpers.errors import user_error
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 PROBLEMS = """
 mora | {rank: 0, dropout: 1.0, operator: rotat, grouping: permutted} | rank dropout operator grouping
@@ -29,7 +29,7 @@ mora | {domains: [a, a]} | research.domain_adapters:
 """
 
 
-@pytest.mark.parametrize("kind, values, flags", rows(PROBLEMS))
+@each_row("kind, values, flags", PROBLEMS)
 def test_all_wrong_values_are_reported_together(kind, values, flags):
     config = {"mora": MoRAConfig, "lora": LoRAConfig}[kind]
     problems = validation_errors_of(lambda: config(**parsed(values)))

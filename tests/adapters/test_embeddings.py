@@ -38,7 +38,7 @@ from tests.helpers.models import (
     tokens,
 )
 from tests.helpers.outcome import assert_good
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 # -- a product of low rank -------------------------------------------------------------
 
@@ -321,7 +321,7 @@ UNFIT = """
 """
 
 
-@pytest.mark.parametrize("config, message", rows(UNFIT))
+@each_row("config, message", UNFIT)
 def test_configs_that_do_not_fit_are_refused(config, message):
     with user_error(message):
         inject(tiny_model("llama"), MoRAConfig(rank=2, **parsed(config)))

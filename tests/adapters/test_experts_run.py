@@ -24,7 +24,7 @@ from tests.helpers.resume import (
     assert_same_run,
     stop_and_resume,
 )
-from tests.helpers.tables import rows as rows_of
+from tests.helpers.tables import each_row
 
 MERGING = (
     "--target_modules all-linear experts --mora_rank 4 --operator share --max_steps 6 --eval_steps 100",
@@ -143,7 +143,7 @@ gpt_oss | --operator decouple --base_bits 8 --gradient_checkpointing
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("family, more", rows_of(OTHERS))
+@each_row("family, more", OTHERS)
 def test_other_families_and_settings(user, tmp_path, merged, family, more):
     folder = mixture(user, tmp_path / "model", family)
     flags = ("--model_name_or_path", folder, *MERGING, more)

@@ -20,7 +20,7 @@ from mora_ds.common.errors import UserError
 from tests.helpers.errors import user_error
 from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
 from tests.helpers.resume import assert_same_tensors
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -46,7 +46,7 @@ mlp.gate_proj mlp.up_proj mlp.down_proj
 """Patterns | layers | what they match there."""
 
 
-@pytest.mark.parametrize("patterns, layers, paths", rows(PATTERNS))
+@each_row("patterns, layers, paths", PATTERNS)
 def test_patterns(patterns, layers, paths):
     assert matched(tiny_model(), *patterns.split()) == {
         f"model.layers.{layer}.{path}"
@@ -220,7 +220,7 @@ gemma3_text | embeddings | model.embed_tokens.weight lm_head.weight
 """
 
 
-@pytest.mark.parametrize("family, settings, expected", rows(TRAINABLES))
+@each_row("family, settings, expected", TRAINABLES)
 def test_other_trainables(family, settings, expected):
     model = model_with_mora(
         family, **{f"train_{name}": True for name in settings.split()}

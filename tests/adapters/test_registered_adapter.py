@@ -39,7 +39,7 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import job
 from tests.helpers.models import tiny_model
 from tests.helpers.resume import MERGING_BF16, assert_same_run, interrupted_job
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ REFUSED = """
 """
 
 
-@pytest.mark.parametrize("flags, message", rows(REFUSED))
+@each_row("flags, message", REFUSED)
 def test_a_setting_that_it_does_not_support(user, out, dora, flags, message):
     with user_error(message):
         validate(parse(user.flags(out, "--adapter dora", flags)))

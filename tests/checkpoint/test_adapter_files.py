@@ -25,7 +25,7 @@ from tests.helpers.damage import change_json, flip, set_value
 from tests.helpers.errors import user_error
 from tests.helpers.ledgers import entry, layers_of, mora_matrices_for
 from tests.helpers.models import tiny_model
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 
 CONFIG = MoRAConfig(rank=8, layer_sizes={"a.q": 6})  # given as JSON has it
 
@@ -80,7 +80,7 @@ base.json | keys = null | base.json is damaged
 """
 
 
-@pytest.mark.parametrize("file, change, words", rows(WRONG))
+@each_row("file, change, words", WRONG)
 def test_damage_is_named(adapter, tmp_path, file, change, words):
     BaseReference("base", "f", {"a": "b"}, "float32").write(tmp_path)
     change_json(tmp_path / file, lambda content: set_value(content, change))

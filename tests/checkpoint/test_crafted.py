@@ -26,7 +26,7 @@ from tests.helpers.crafted import (
 )
 from tests.helpers.damage import change_json, set_value
 from tests.helpers.errors import user_error
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 
 RANK_0 = SimpleNamespace(rank=0)
 
@@ -171,7 +171,7 @@ engine/layouts.safetensors | scaler = {cur_scale: null} | must be a
 """
 
 
-@pytest.mark.parametrize("file, change, words", rows(HUGE))
+@each_row("file, change, words", HUGE)
 def test_wrong_types_and_numbers_are_named(checkpoint, file, change, words):
     if file.endswith(".json"):
         change_json(checkpoint / file, lambda content: set_value(content, change))

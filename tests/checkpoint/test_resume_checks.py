@@ -25,8 +25,7 @@ from tests.helpers.engines import ds_config
 from tests.helpers.errors import run_error, user_error
 from tests.helpers.gloo import run_alone
 from tests.helpers.models import tiny_model
-from tests.helpers.tables import parsed
-from tests.helpers.tables import rows as rows_of
+from tests.helpers.tables import each_row, parsed
 
 
 def test_a_checkpoint_is_found_by_its_link_and_its_path(tmp_path, monkeypatch):
@@ -101,7 +100,7 @@ DIFFERENT = """
 """
 
 
-@pytest.mark.parametrize("saved, here, flags", rows_of(DIFFERENT))
+@each_row("saved, here, flags", DIFFERENT)
 def test_a_difference_is_named_with_all_flags_that_may_make_it(
     tmp_path, saved, here, flags
 ):

@@ -17,7 +17,7 @@ from tests.helpers.crafted import reseal
 from tests.helpers.damage import another_base, change_json, flip, set_value
 from tests.helpers.errors import run_error, user_error
 from tests.helpers.exports import fake_run
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 from tests.helpers.tools import call
 
 
@@ -148,7 +148,7 @@ base.json | fingerprint = "0" | belongs to another base
 """
 
 
-@pytest.mark.parametrize("file, change, message", rows(VALUES))
+@each_row("file, change, message", VALUES)
 def test_values_that_do_not_go_together(checkpoint, file, change, message):
     change_json(checkpoint / file, lambda content: set_value(content, change))
     write_manifest(checkpoint)

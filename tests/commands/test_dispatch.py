@@ -16,7 +16,7 @@ from mora_ds.engine import launcher
 from tests.helpers.errors import user_error
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.mistakes import answer
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 
 def test_a_launcher_may_put_its_local_rank_first():
@@ -118,7 +118,7 @@ STARTS = """
 """Flags | GPUs | RANK | flags of the launcher, if one is started."""
 
 
-@pytest.mark.parametrize("flags, gpus, rank, launched", rows(STARTS))
+@each_row("flags, gpus, rank, launched", STARTS)
 def test_a_training_is_launched_once(flags, gpus, rank, launched, monkeypatch):
     for_launcher = parsed(launched)
     environment = {} if rank == "null" else {"RANK": parsed(rank)}
@@ -152,7 +152,7 @@ ssh | --hostfile {hosts} | pdsh not found
 """Installed programs | flags of the launcher | what is said of them."""
 
 
-@pytest.mark.parametrize("installed, flags, said", rows(CONNECTIONS))
+@each_row("installed, flags, said", CONNECTIONS)
 def test_what_ssh_to_other_nodes_needs_is_named(
     installed, flags, said, tmp_path, monkeypatch
 ):

@@ -26,7 +26,7 @@ from mora_ds.common.errors import (
     wrong_values,
 )
 from tests.helpers.errors import user_error
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 
 class Kind(str, Enum):
@@ -99,7 +99,7 @@ SECONDS           | [0, 1.0e+9]  | [-1, 1.001e+9]
 """
 
 
-@pytest.mark.parametrize("name, allowed, refused", rows(BOUNDS))
+@each_row("name, allowed, refused", BOUNDS)
 def test_bounds(name, allowed, refused):
     bounds = getattr(errors, name)
     assert all(map(bounds.allow, parsed(allowed)))

@@ -16,7 +16,7 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.untrusted import read_text
 from tests.helpers.damage import flip
 from tests.helpers.errors import run_error, user_error
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 
 
 def test_manifest_names_each_damage(tmp_path):
@@ -165,7 +165,7 @@ EFBIG  | writing to .* failed
 """
 
 
-@pytest.mark.parametrize("name, words", rows(DISK))
+@each_row("name, words", DISK)
 def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, name, words):
     code = getattr(errno, name)
     with run_error(words) as caught, files.disk_errors(tmp_path):
@@ -327,7 +327,7 @@ a: &a [*a] | aliases are not supported
 """Others are lines of tests/config/test_bad_launches.py."""
 
 
-@pytest.mark.parametrize("text, words", rows(YAML))
+@each_row("text, words", YAML)
 def test_yaml_that_is_refused(tmp_path, text, words):
     (tmp_path / "a.yaml").write_text(text)
     with user_error(words):

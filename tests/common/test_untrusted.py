@@ -27,7 +27,7 @@ from mora_ds.common.untrusted import (
     typed,
 )
 from tests.helpers.errors import user_error
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed, rows
 
 
 class Color(str, Enum):
@@ -75,7 +75,7 @@ mapping | {a: 1}
 """
 
 
-@pytest.mark.parametrize("hint, value", rows(ALLOWED))
+@each_row("hint, value", ALLOWED)
 def test_what_is_allowed_is_returned_as_it_is(hint, value):
     assert typed(HINTS[hint], parsed(value), "file") == parsed(value)
 

@@ -11,7 +11,7 @@ from mora_ds.config.arguments import dump, from_flat, parse
 from mora_ds.config.effects import EFFECTS, unused_options
 from mora_ds.config.validate import validate
 from tests.helpers.errors import user_error
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 RUN = ("--model_name_or_path", "m", "--train_files", "a.txt")
 RECIPES = Path(__file__).parents[2] / "configs/recipes"
@@ -90,7 +90,7 @@ def test_every_setting_of_the_table_exists_and_stands_there_once():
     assert len(listed) == len(set(listed))
 
 
-@pytest.mark.parametrize("setting, others", rows(IDLE))
+@each_row("setting, others", IDLE)
 def test_a_setting_without_effect_is_refused(setting, others):
     arguments = arguments_of(setting, others)
     name = setting.partition(":")[0]
@@ -99,7 +99,7 @@ def test_a_setting_without_effect_is_refused(setting, others):
         validate(arguments)
 
 
-@pytest.mark.parametrize("setting, others", rows(USED))
+@each_row("setting, others", USED)
 def test_a_setting_with_an_effect_is_taken(setting, others):
     validate(arguments_of(setting, others))
 
@@ -114,7 +114,7 @@ and has no effect here: leave it out
 """
 
 
-@pytest.mark.parametrize("flags, message", rows(MESSAGES))
+@each_row("flags, message", MESSAGES)
 def test_the_message_says_what_a_setting_is_for(flags, message):
     with pytest.raises(UserError) as validation_errors_of:
         validate(parse(flags.split()))

@@ -14,7 +14,7 @@ from mora_ds.config.lr_schedule import (
     schedule_kind,
 )
 from tests.helpers.errors import user_error
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 JAGGED = Schedule(
     ScheduleKind.COSINE,
@@ -85,7 +85,7 @@ MERGES = """
 """
 
 
-@pytest.mark.parametrize("changes, merges", rows(MERGES))
+@each_row("changes, merges", MERGES)
 def test_merges_keep_off_the_first_warmup_and_the_end(changes, merges):
     schedule = dataclasses.replace(JAGGED, **parsed(changes))
     planned = parsed(merges)

@@ -14,7 +14,7 @@ from tests.helpers.crafted import reseal
 from tests.helpers.damage import change_json, set_value
 from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model, tokens
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ base.json | keys = {} | names no tensor of
 """
 
 
-@pytest.mark.parametrize("file, change, words", rows(UNFIT))
+@each_row("file, change, words", UNFIT)
 def test_an_adapter_that_does_not_fit_its_model_is_refused(
     maker, adapter, file, change, words
 ):

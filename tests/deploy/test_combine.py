@@ -24,7 +24,7 @@ from tests.helpers.exports import fake_run, layers_of
 from tests.helpers.ledgers import mora_matrices_for, shortened
 from tests.helpers.models import tiny_model
 from tests.helpers.resume import assert_same_tensors
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 TRAINED = ("model.embed_tokens.weight", "model.norm.weight")
 
@@ -204,7 +204,7 @@ LoRAConfig | {rank: 2, seed: 5} | {rank: 2, seed: 6} | 2
 """A kind of adapter | settings of one run | of the other | terms of their sum."""
 
 
-@pytest.mark.parametrize("kind, first, second, terms", rows(SETTINGS))
+@each_row("kind, first, second, terms", SETTINGS)
 def test_sum_of_two_runs(maker, tmp_path, sum_folder, kind, first, second, terms):
     adapter = getattr(config, kind)
     maker.write(tmp_path / "a", adapter(**parsed(first)))

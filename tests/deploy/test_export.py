@@ -26,7 +26,7 @@ from tests.helpers.damage import cut, gone
 from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.models import tiny_model
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 from tests.helpers.tools import called
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/export_hf.py"
@@ -81,7 +81,7 @@ float16  | {family: olmo2}
 """The dtype of the run | the rest of `fake_run`."""
 
 
-@pytest.mark.parametrize("dtype, settings", rows(SETTINGS))
+@each_row("dtype, settings", SETTINGS)
 def test_export_is_the_model_changed_by_hand(tmp_path, merged, dtype, settings):
     run = fake_run(tmp_path, dtype=dtype, **parsed(settings))
     report = export_merged(run.checkpoint, merged, verify=True)
@@ -123,7 +123,7 @@ float16 | {family: gpt_oss}
 """Routers at any dtype; norms where the model would be rounded from bfloat16."""
 
 
-@pytest.mark.parametrize("dtype, settings", rows(KEPT))
+@each_row("dtype, settings", KEPT)
 def test_what_transformers_keeps_in_fp32_stays_so(tmp_path, merged, dtype, settings):
     run = fake_run(tmp_path, dtype=dtype, **parsed(settings))
     export_merged(run.checkpoint, merged, verify=True)

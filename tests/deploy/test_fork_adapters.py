@@ -19,7 +19,7 @@ from mora_ds.deploy.fork_adapters import TYPES, convert_fork
 from tests.helpers.damage import cut
 from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model, tokens
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 from tests.helpers.tools import call
 
 RANK = 3
@@ -156,7 +156,7 @@ SETTINGS = r"""
 """
 
 
-@pytest.mark.parametrize("changes, words", rows(SETTINGS))
+@each_row("changes, words", SETTINGS)
 def test_settings_that_are_not_read_are_refused(tmp_path, changes, words):
     fork = Fork(tmp_path, 1, EQUAL_SIDES)
     fork.write(**parsed(changes))
@@ -175,7 +175,7 @@ model.layers.0.self_attn.q_proj.lora_A | [64, 64] | false | a matrix of side 64 
 """
 
 
-@pytest.mark.parametrize("name, shape, with_good, words", rows(TENSORS))
+@each_row("name, shape, with_good, words", TENSORS)
 def test_what_is_more_than_matrices_is_refused(tmp_path, name, shape, with_good, words):
     fork = Fork(tmp_path, 1, EQUAL_SIDES)
     path = fork.path / "adapter_model.safetensors"

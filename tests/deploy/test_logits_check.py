@@ -14,7 +14,7 @@ from mora_ds.remora import stored_weights
 from tests.helpers.errors import run_error, user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.models import with_own_code
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -70,7 +70,7 @@ float16  | 8 | 4.0 | 0.005859375
 """A dtype | layers | the largest logit | the tolerance."""
 
 
-@pytest.mark.parametrize("name, layers, largest, tolerance", rows(TOLERANCES))
+@each_row("name, layers, largest, tolerance", TOLERANCES)
 def test_tolerance(name, layers, largest, tolerance):
     """The tolerance is absolute in fp32, otherwise relative to the norm of all
     logits."""

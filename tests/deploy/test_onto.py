@@ -28,7 +28,7 @@ from tests.helpers.adapters import Maker
 from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.snapshot import untouched
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 from tests.helpers.tools import call
 
 NORMS = ("model.norm.weight", "model.layers.0.input_layernorm.weight")
@@ -172,7 +172,7 @@ qwen3_moe   | true  | {} | {} | bfloat16
 the target's | the target's dtype."""
 
 
-@pytest.mark.parametrize("family, product, of_base, of_target, stored", rows(CASES))
+@each_row("family, product, of_base, of_target, stored", CASES)
 def test_export_onto_adds_the_difference_to_the_target(
     tmp_path, target_folder, family, product, of_base, of_target, stored, monkeypatch
 ):

@@ -15,7 +15,7 @@ from tests.helpers.adapters import Maker, merge, originals, summed
 from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.models import tiny_model, tokens
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 
 @torch.inference_mode()
@@ -65,7 +65,7 @@ MoRAConfig | {rank: 2, operator: share} | 9 | llama
 """A kind of adapter | its settings | merged cycles | a family."""
 
 
-@pytest.mark.parametrize("kind, settings, cycles, family", rows(EXACT))
+@each_row("kind, settings, cycles, family", EXACT)
 def test_an_exact_adapter_is_the_merged_model(
     tmp_path, lora_folder, base_folder, kind, settings, cycles, family
 ):
@@ -129,7 +129,7 @@ gpt2 | [transformer.wte.weight, transformer.ln_f.weight] | 3
 """A family | what is trained | modules to save."""
 
 
-@pytest.mark.parametrize("family, trained, saved", rows(TRAINED))
+@each_row("family, trained, saved", TRAINED)
 def test_other_trained_tensors_are_modules_to_save(
     tmp_path, lora_folder, family, trained, saved
 ):

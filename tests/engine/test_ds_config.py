@@ -25,7 +25,7 @@ from mora_ds.engine.ds_config import (
 from mora_ds.engine.ds_keys import REFUSED, TOP_LEVEL
 from mora_ds.engine.settings import EngineSettings
 from tests.helpers.errors import user_error
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed, rows
 
 SETTINGS = EngineSettings(
     micro_batch_size=4,
@@ -229,7 +229,7 @@ FULL_BUCKETS = """
 """
 
 
-@pytest.mark.parametrize("stage, dtype, ranks, written, chosen", rows(FULL_BUCKETS))
+@each_row("stage, dtype, ranks, written, chosen", FULL_BUCKETS)
 def test_many_ranks_of_the_lower_stages_reduce_full_buckets(
     stage, dtype, ranks, written, chosen
 ):
@@ -292,7 +292,7 @@ WRONG = """
 """Others are lines of tests/config/test_bad_launches.py."""
 
 
-@pytest.mark.parametrize("config, message", rows(WRONG))
+@each_row("config, message", WRONG)
 def test_each_wrong_setting_is_named(config, message):
     text = validation_errors_of(parsed(config))
     assert message in text

@@ -4,12 +4,10 @@ cannot be.
 
 import re
 
-import pytest
-
 from mora_ds.config.arguments import parse
 from mora_ds.engine.ds_config import complete_ds_config, resolve_ds_config
 from tests.helpers.errors import user_error
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 
 def flags(more=""):
@@ -50,7 +48,7 @@ WRONG = """
 """
 
 
-@pytest.mark.parametrize("config, message", rows(WRONG))
+@each_row("config, message", WRONG)
 def test_each_wrong_setting_is_named(config, message):
     settings = flags("--optimizer muon").training.engine_settings()
     with user_error(re.escape(message)):

@@ -5,13 +5,12 @@ it, and the twin for CPUs.
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from mora_ds.engine import host_copies
 from mora_ds.engine.host_copies import Copies, copies_for, page_ranges
 from tests.helpers.errors import user_error
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 PAGE = 4096
 
@@ -41,7 +40,7 @@ RANGES = """
 """Addresses and sizes of tensors | the ranges, each from its begin to its end."""
 
 
-@pytest.mark.parametrize("tensors, ranges", rows(RANGES))
+@each_row("tensors, ranges", RANGES)
 def test_complete_pages_are_locked_once_and_in_order(tensors, ranges, monkeypatch):
     monkeypatch.setattr(host_copies.mmap, "PAGESIZE", 100)
     monkeypatch.setattr(host_copies, "extent", lambda memory: memory.nbytes // 2)

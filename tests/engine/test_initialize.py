@@ -31,7 +31,7 @@ from tests.helpers.errors import run_error, user_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import model_with_mora, tiny_model
 from tests.helpers.pool import run_pooled
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 
 def devices_chosen():
@@ -201,7 +201,7 @@ THREADS = """
 """What a launcher sets | the threads of a process, of 12 cores."""
 
 
-@pytest.mark.parametrize("environment, threads", rows(THREADS))
+@each_row("environment, threads", THREADS)
 def test_processes_of_a_machine_share_its_cores(monkeypatch, environment, threads):
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)

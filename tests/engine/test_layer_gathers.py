@@ -13,7 +13,7 @@ from torch import nn
 
 from mora_ds.engine import module_hooks
 from mora_ds.engine.module_hooks import LayerGathers, free_quickly
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 
 class Coordinator:
@@ -67,7 +67,7 @@ AVAILABLE | {free_data: false} | by DeepSpeed
 """
 
 
-@pytest.mark.parametrize("status, options, how", rows(FREED))
+@each_row("status, options, how", FREED)
 def test_what_is_gathered_and_unchanged_is_freed_at_once(
     status, options, how, monkeypatch
 ):

@@ -16,6 +16,11 @@ def rows(text):
     ]
 
 
+def each_row(names, text):
+    """Parametrize a test with the rows of a table."""
+    return pytest.mark.parametrize(names, rows(text))
+
+
 def words(*texts):
     """The words of a command line: of a text that begins with a flag, those between its
     spaces.

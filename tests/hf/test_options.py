@@ -24,7 +24,7 @@ from mora_ds.models.load import kept_in_fp32
 from tests.helpers.errors import user_error
 from tests.helpers.hf import Trainer, ds_config
 from tests.helpers.models import tiny_model
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 
 def arguments(out, **changes):
@@ -53,7 +53,7 @@ CONTRADICTIONS = """
 """
 
 
-@pytest.mark.parametrize("changes, message", rows(CONTRADICTIONS))
+@each_row("changes, message", CONTRADICTIONS)
 def test_options_that_contradict_are_named(tmp_path, changes, message):
     with user_error(re.escape(message)):
         check_options(arguments(tmp_path, **parsed(changes)), {})
@@ -149,7 +149,7 @@ SAVES = """
 """
 
 
-@pytest.mark.parametrize("settings, kind, how", rows(SAVES))
+@each_row("settings, kind, how", SAVES)
 def test_where_the_merged_model_is_written(tmp_path, settings, kind, how):
     """The tokenizer lies in every folder, written by one process."""
     is_checkpoint = kind == "checkpoint"

@@ -27,7 +27,7 @@ from mora_ds.models.loss import token_nll
 from tests.helpers.batches import LAYOUTS, batch_of
 from tests.helpers.models import FAMILIES, MASKLESS, adapted_model, tiny_model, tokens
 from tests.helpers.pairwise import pairwise
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 
 def model_of(family, checkpointing=False):
@@ -85,7 +85,7 @@ llama4 | {} | the model has layers of the type chunked_attention
 """
 
 
-@pytest.mark.parametrize("kind, settings, reason", rows(DENSE))
+@each_row("kind, settings, reason", DENSE)
 def test_attention_that_must_stay_dense_has_a_reason(kind, settings, reason):
     config = AutoConfig.for_model(kind, **parsed(settings))
     assert why_dense(config, None) == reason

@@ -15,7 +15,7 @@ from mora_ds.models.base import write_own_base
 from tests.helpers.errors import user_error
 from tests.helpers.models import alone, tiny_model, with_own_code
 from tests.helpers.resume import assert_same_tensors
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ bfloat16 | float32 | float32
 """Precision of the pickled weights | of the run | of the base that it writes."""
 
 
-@pytest.mark.parametrize("stored, dtype, of_base", rows(PRECISIONS))
+@each_row("stored, dtype, of_base", PRECISIONS)
 @pytest.mark.parametrize("shards, zipped", [(1, True), (2, False)])
 def test_a_run_keeps_the_precision_of_pickled_weights(
     own_base, model_folder, stored, dtype, of_base, shards, zipped

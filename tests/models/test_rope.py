@@ -22,7 +22,7 @@ from tests.helpers.errors import user_error
 from tests.helpers.jobs import assert_close_losses, losses, run, validation_errors_of
 from tests.helpers.models import FAMILIES, tiny_model, tokens
 from tests.helpers.resume import MERGING, assert_same_tensors
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 from tests.helpers.tools import call
 
 YARN = '{"rope_type": "yarn", "factor": 4.0}'
@@ -44,7 +44,7 @@ def asked(family, folder, text):
     return load_model(folder, torch.float32, changes=changes), changes
 
 
-@pytest.mark.parametrize("longest, text", rows(SETTINGS))
+@each_row("longest, text", SETTINGS)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_logits_are_those_of_transformers_own_model(family, text, longest, tmp_path):
     model, changes = asked(family, tmp_path, text)
@@ -70,7 +70,7 @@ phi3 | --rope_scaling: not valid for a phi3 model: `rope_parameters`'s type fiel
 """
 
 
-@pytest.mark.parametrize("family, words", rows(OF_OTHERS))
+@each_row("family, words", OF_OTHERS)
 def test_a_family_that_ignores_rope_scaling_is_named(
     user, tmp_path, out, family, words
 ):
@@ -182,7 +182,7 @@ MISTAKES = """
 """
 
 
-@pytest.mark.parametrize("text, words", rows(MISTAKES))
+@each_row("text, words", MISTAKES)
 def test_mistakes_are_named(text, words):
     with user_error(re.escape(words)):
         rope_settings(text)

@@ -22,7 +22,7 @@ from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, tiny_model, tokens
 from tests.helpers.pool import run_pooled
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 LENGTH = 24
 """Tokens a row: twice the sliding window of the tiny models."""
@@ -194,7 +194,7 @@ llama | {rope_parameters: {rope_type: dynamic, rope_theta: 10000.0, factor: 2.0}
 """
 
 
-@pytest.mark.parametrize("kind, values, size, message", rows(UNSPLIT))
+@each_row("kind, values, size, message", UNSPLIT)
 def test_configs_that_cannot_be_split_are_refused(kind, values, size, message):
     config = config_of(kind, **parsed(values))
     with user_error("--sequence_parallel_size") as error:

@@ -9,7 +9,7 @@ from mora_ds.common.files import read_json
 from mora_ds.deploy.export import export_merged
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import assert_close_losses, curve, job, printed, rows, run
-from tests.helpers.tables import rows as rows_of
+from tests.helpers.tables import each_row
 
 ROWS = 4
 """Sequences a micro-batch, over all replicas."""
@@ -92,7 +92,7 @@ def job_in_fp32(argv):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("variant, more", rows_of(VARIANTS))
+@each_row("variant, more", VARIANTS)
 def test_variants(user, tmp_path, variant, more):
     ours = tmp_path / "split"
     theirs = tmp_path / "reference"

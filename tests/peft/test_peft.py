@@ -22,7 +22,7 @@ from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.peft import IDS, fill, layers, logits
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 
 def trained_names(model):
@@ -273,7 +273,7 @@ TYPES = """
 """
 
 
-@pytest.mark.parametrize("settings, message", rows(TYPES))
+@each_row("settings, message", TYPES)
 def test_values_of_another_type_are_named(tmp_path, settings, message):
     """Also settings of adapter_config.json, with which its matrices would be read under
     other permutations, or not at all."""

@@ -13,7 +13,7 @@ from mora_ds.planning.memory import (
     reduced_bytes,
 )
 from mora_ds.planning.step import StepMemory
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 STEP = StepMemory(saved=300, peak=500, tables=20)
 GATHERED = Gathers(200, 90, 40)
@@ -107,7 +107,7 @@ GATHERS = """
 """ZeRO's settings | elements gathered | most of them at once | in the largest call."""
 
 
-@pytest.mark.parametrize("settings, elements, most, largest", rows(GATHERS))
+@each_row("settings, elements, most, largest", GATHERS)
 def test_what_stays_is_gathered_once(settings, elements, most, largest):
     sizes = {"max_reuse_distance": 60, "prefetch_bucket_size": 90, **parsed(settings)}
     sharded = trained(3, zero={f"stage3_{name}": size for name, size in sizes.items()})

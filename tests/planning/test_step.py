@@ -9,7 +9,7 @@ from mora_ds.adapters.registry import ADAPTERS, loaded
 from mora_ds.planning import step
 from mora_ds.planning.step import StepMemory, Streamed, Work, layer_period, step_memory
 from tests.helpers.models import tiny_model
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 
 class Config(SimpleNamespace):
@@ -64,7 +64,7 @@ EXPERTS = """
 """
 
 
-@pytest.mark.parametrize("settings, period", rows(EXPERTS))
+@each_row("settings, period", EXPERTS)
 def test_layers_that_differ_in_their_experts_do_not_repeat(settings, period):
     config = Config(num_hidden_layers=6, **parsed(settings))
     assert layer_period(config) == int(period)

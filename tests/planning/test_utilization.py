@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.planning.utilization import peak_flops, token_flops
 from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 
 LENGTH = 32
 
@@ -99,7 +99,7 @@ NVIDIA L40S | 362e+12
 """
 
 
-@pytest.mark.parametrize("card, peak", rows(CARDS))
+@each_row("card, peak", CARDS)
 def test_cards_have_the_peaks_of_their_data_sheets(card, peak):
     assert peak_flops(card) == float(peak)
 

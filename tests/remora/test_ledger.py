@@ -21,7 +21,7 @@ from tests.helpers.damage import change_json, cut, flip, gone, set_value
 from tests.helpers.errors import run_error, user_error
 from tests.helpers.ledgers import entry, layers_of, mora_matrices_for, shortened
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 
 BASE = "f" * 64
 original = ledger_room.layers_to_dict
@@ -144,7 +144,7 @@ cycles.1.sha256 = "{"0" * 64}" | broken at cycle 1
 """
 
 
-@pytest.mark.parametrize("change, words", rows(HOLES))
+@each_row("change, words", HOLES)
 def test_a_ledger_file_with_a_wrong_value_is_named(folder, change, words):
     change_json(folder / "ledger.json", lambda content: set_value(content, change))
     with user_error(words) as caught:

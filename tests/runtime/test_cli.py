@@ -11,7 +11,7 @@ import torch.distributed
 from mora_ds.common import errors
 from mora_ds.common.errors import Stopped, UserError
 from mora_ds.runtime import cli, signals
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 
 class Left(BaseException):
@@ -74,7 +74,7 @@ KeyError | name | 1 | Traceback
 """How a program ends, its message, the exit code, and what is printed."""
 
 
-@pytest.mark.parametrize("kind, message, code, expected", rows(ENDS))
+@each_row("kind, message, code, expected", ENDS)
 def test_the_code_and_the_message_of_each_end(
     capsys, pauses, kind, message, code, expected
 ):

@@ -6,7 +6,7 @@ import pytest
 
 from mora_ds.runtime import launchers
 from tests.helpers.errors import user_error
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed, rows
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
@@ -65,7 +65,7 @@ rack[1-2]gpu[03,05] | rack1gpu03
 """
 
 
-@pytest.mark.parametrize("nodes, first", rows(NODES))
+@each_row("nodes, first", NODES)
 def test_rank_0_is_on_the_first_node(adopted, nodes, first):
     assert adopted({**SLURM, "SLURM_STEP_NODELIST": nodes})[4] == first
 
@@ -124,7 +124,7 @@ REMEDIES = """
 """Variables | the remedy for a port that is taken."""
 
 
-@pytest.mark.parametrize("given, remedy", rows(REMEDIES))
+@each_row("given, remedy", REMEDIES)
 def test_the_remedy_is_that_of_the_launcher_in_use(monkeypatch, given, remedy):
     monkeypatch.setattr(os, "environ", parsed(given))
     assert remedy in launchers.other_port()

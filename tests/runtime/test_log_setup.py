@@ -9,10 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from mora_ds.runtime.log_setup import set_up_logging
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 
 log = logging.getLogger("mora_ds.train.trainer")
 
@@ -29,7 +27,7 @@ SCREENS = """
 """A rank | --log_level | its words on stdout | its line on stderr."""
 
 
-@pytest.mark.parametrize("rank, level, out, err", rows(SCREENS))
+@each_row("rank, level, out, err", SCREENS)
 def test_rank_and_level_decide(
     monkeypatch, capsys, unchanged_logger, rank, level, out, err
 ):

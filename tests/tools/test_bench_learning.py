@@ -14,7 +14,7 @@ from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from tests.helpers.errors import user_error
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 from tests.helpers.tools import call, tool
 from tools import figures
 from tools.bench.learning_methods import METHODS_FILE, Methods
@@ -34,7 +34,7 @@ BAD = """
 """
 
 
-@pytest.mark.parametrize("flags, message", rows(BAD))
+@each_row("flags, message", BAD)
 def test_bad_flags_are_named_before_anything_runs(tmp_path, flags, message):
     with user_error(re.escape(message)):
         call("bench/learning", "--work", tmp_path / "work", *flags.split())
@@ -49,7 +49,7 @@ BAD_METHODS = """
 """
 
 
-@pytest.mark.parametrize("method, message", rows(BAD_METHODS))
+@each_row("method, message", BAD_METHODS)
 def test_bad_methods_are_named_with_their_file(tmp_path, method, message):
     path = tmp_path / "methods.yaml"
     path.write_text(f"settings: {{}}\nmethods: {{own: {method}}}\n")

@@ -27,7 +27,7 @@ from tests.helpers.batches import batch_of
 from tests.helpers.errors import user_error
 from tests.helpers.jobs import assert_close_losses, finished_run
 from tests.helpers.models import MASKLESS, tiny_model
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 
 MORE = "--per_device_train_batch_size 4 --save_steps 2 --merge_every 3 --restart_warmup_steps 1"
 
@@ -100,7 +100,7 @@ mamba | auto | none
 """
 
 
-@pytest.mark.parametrize("kind, asked_for, runs", rows(CHOSEN))
+@each_row("kind, asked_for, runs", CHOSEN)
 def test_documents_wherever_the_model_can(kind, asked_for, runs):
     arguments = ModelArguments(attn_implementation=asked_for)
     implementation = implementation_of(arguments, AutoConfig.for_model(kind))

@@ -11,7 +11,7 @@ from mora_ds.config.arguments import from_flat
 from mora_ds.train.inputs import check_inputs
 from tests.helpers.errors import user_error
 from tests.helpers.snapshot import untouched
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed, rows
 
 NAMED = """
 {model_name_or_path: out/base} | --model_name_or_path out/base
@@ -84,7 +84,7 @@ def settings(changes):
     )
 
 
-@pytest.mark.parametrize("changes, message", rows(NAMED))
+@each_row("changes, message", NAMED)
 def test_an_input_within_the_output_is_named(home, changes, message):
     with untouched(home), user_error(re.escape(message)) as refused:
         check_inputs(settings(parsed(changes)), Path("out"))

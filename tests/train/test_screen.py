@@ -5,7 +5,6 @@ import re
 import shlex
 from dataclasses import replace
 
-import pytest
 from transformers import AutoModelForCausalLM
 
 from mora_ds.config.arguments import parse
@@ -13,7 +12,7 @@ from mora_ds.train import screen
 from mora_ds.train.screen import closing
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import printed
-from tests.helpers.tables import rows
+from tests.helpers.tables import each_row
 
 SUMMARY = {"steps": 1200, "tokens": 2_400_000}
 
@@ -26,7 +25,7 @@ LAST = """
 """
 
 
-@pytest.mark.parametrize("flags, labels", rows(LAST))
+@each_row("flags, labels", LAST)
 def test_the_last_lines_name_the_commands_that_work_now(flags, labels):
     lines = closing(
         parse(["--output_dir", "runs/law", *flags.split()]), SUMMARY, 3723.4

@@ -45,7 +45,7 @@ from tests.helpers.operators import (
     spec_id,
     specs,
 )
-from tests.helpers.tables import parsed, rows
+from tests.helpers.tables import each_row, parsed
 
 GOLDEN = Path(__file__).parent / "golden_operators.safetensors"
 REFERENCE_TYPES = {
@@ -358,7 +358,7 @@ NO_OPERATORS = """
 """
 
 
-@pytest.mark.parametrize("changes, message", rows(NO_OPERATORS))
+@each_row("changes, message", NO_OPERATORS)
 def test_specs_that_are_no_operator(changes, message):
     with user_error(message):
         spec_from_dict(
