@@ -1,6 +1,8 @@
 """ZeRO communicates the MoRA matrices and nothing of the base; how these matrices are
 set and reset."""
 
+import math
+
 import pytest
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -100,6 +102,7 @@ def set_and_reset():
     )
     engine, *_ = initialize(model=model, config=config)
     assert isinstance(engine.optimizer, BF16_Optimizer), "else this tests another one"
+    assert math.isnan(zero.gradient_norm(engine)), "before the first step"
     mora_matrices = [layer.mora_matrix for layer in mora_layers(model).values()]
     zero.set_fp32(engine, {mora_matrices[0]: torch.ones(mora_matrices[0].shape)})
     was_set = mora_matrices[0].float().unique().tolist()

@@ -29,6 +29,7 @@ from tests.helpers.errors import user_error
 from tests.helpers.jobs import run
 from tests.helpers.models import with_own_code
 from tests.helpers.streams import Letters
+from tests.helpers.tables import each_row, parsed
 from tests.helpers.texts import json_lines
 from tests.helpers.tools import call
 
@@ -84,50 +85,36 @@ def test_perplexity_is_the_naive_one(user, tmp_path, window, stride, kind):
     assert one.text_bytes == len(texts[0].encode())
 
 
-def test_a_chunk_has_the_end_of_the_one_before_as_context():
-    """Every token is scored once; without a start token all but the first of a document."""
+CUT = """
+4 1 <s> llama  | 2    | 0123+3 1234+1 2345+1 3456+1 4567+1 5678+1 09+1 | 2 9 9
+# bytes, not characters
+4 3 <s> llama  | null | 0123+3 345+2 5678+3 09+1 0156+1                | 3 10 11
+# as much context as two windows share
+5 3 <s> llama  | 1    | 01234+4 345+1 45678+3                          | 1 8 8
+4 2 b gemma    | 1    | 2123+3 2345+2 2567+2 278+1                     | 1 8 8
+# without a start token all but the first of a document
+4 2 none llama | 2    | 1234+3 345+1 4567+2 678+1                      | 2 7 7
+"""
+"""Windows | most documents | tokens of each window, and how many are scored | documents,
+tokens and bytes."""
+
+
+@each_row("how, most, pieces, counts", CUT)
+def test_a_chunk_has_the_end_of_the_one_before_as_context(how, most, pieces, counts):
+    """Every token is scored once."""
+    window, stride, *start = how.split()
     tokenizer = Letters()
     tokenizer.get_vocab = lambda: {"b": 2, "<s>": 0}
     tokenizer.decode = lambda ids: "".join(chr(96 + token) for token in ids)
-    chunks = [
-        Document("abcde", ends=False),
-        Document("fgh", begins=False),
-        Document("i"),
-    ]
-    corpus = [*chunks, Document("ü")]
-    count = Score()
-    assert list(
-        perplexity.cut_windows(corpus, tokenizer, Windows(4, 1, "<s>"), 2, count)
-    ) == [
-        ([0, 1, 2, 3], 3),
-        ([1, 2, 3, 4], 1),
-        ([2, 3, 4, 5], 1),
-        ([3, 4, 5, 6], 1),
-        ([4, 5, 6, 7], 1),
-        ([5, 6, 7, 8], 1),
-        ([0, 9], 1),
-    ]
-    assert (count.documents, count.tokens, count.text_bytes) == (2, 9, 9)
-    total = Score()
-    pieces = list(
-        perplexity.cut_windows(corpus, tokenizer, Windows(4, 3, "<s>"), None, total)
-    )
-    assert pieces[:2] == [([0, 1, 2, 3], 3), ([3, 4, 5], 2)]
-    assert total.text_bytes == 11, "bytes, not characters"
-    shared = list(
-        perplexity.cut_windows(corpus, tokenizer, Windows(5, 3, "<s>"), 1, Score())
-    )
-    assert shared[2] == ([4, 5, 6, 7, 8], 3), "as much as two windows share"
-    named = perplexity.cut_windows(
-        corpus, tokenizer, Windows(4, 2, "b", "gemma"), 1, Score()
-    )
-    assert list(named)[:2] == [([2, 1, 2, 3], 3), ([2, 3, 4, 5], 2)]
-    bare = Score()
-    cut = list(
-        perplexity.cut_windows(corpus, tokenizer, Windows(4, 2, "none"), 2, bare)
-    )
-    assert cut[:2] == [([1, 2, 3, 4], 3), ([3, 4, 5], 1)]
-    assert (bare.tokens, bare.text_bytes) == (7, 7)
+    beginning = Document("abcde", ends=False)
+    rest = Document("fgh", begins=False)
+    corpus = [beginning, rest, Document("i"), Document("ü")]
+    score = Score()
+    windows = Windows(int(window), int(stride), *start)
+    cut = perplexity.cut_windows(corpus, tokenizer, windows, parsed(most), score)
+    texts = ["".join(map(str, ids)) + f"+{scored}" for ids, scored in cut]
+    assert texts == pieces.split()
+    assert f"{score.documents} {score.tokens} {score.text_bytes}" == counts
 
 
 def test_windows_are_sorted_a_few_batches_at_a_time(monkeypatch):

@@ -16,6 +16,7 @@ from mora_ds.planning.step import Work, planned_model
 from mora_ds.research.subspace import SubspaceConfig
 from tests.helpers.errors import user_error
 from tests.helpers.models import FAMILIES
+from tests.helpers.tables import each_row
 
 
 def planner_of(work, cluster, stage=3):
@@ -43,22 +44,24 @@ def test_what_is_fixed_of_adapter_weights_is_saved_but_has_no_state():
     assert plan.checkpoint == 4 * (4 * plan.trained.total + fixed)
 
 
-def test_many_ranks_send_gradients_twice_in_place_of_loops():
-    """7 matrices in the one layer."""
-    few, many = (tiny_planner(Cluster(ranks)).plan() for ranks in (1024, 2048))
-    assert few.trained.zero.get("reduce_scatter", True)
-    assert not many.trained.zero["reduce_scatter"]
-    assert few.sent == (few.gathered + few.reduced) * 1023 / 1024
-    assert many.sent == (many.gathered + 2 * many.reduced) * 2047 / 2048
+SENT = """
+3 | 1024 | 1
+3 | 2048 | 2
+2 | 8    | 2
+2 | 2048 | 2
+"""
+"""ZeRO stage | ranks | how often a gradient is sent: twice where it is all-reduced, as many
+ranks do in place of loops over 7 matrices, and DeepSpeed does under ZeRO-2 whatever
+`reduce_scatter` says."""
 
 
-def test_zero_2_sends_gradients_twice_on_any_number_of_ranks():
-    """DeepSpeed all-reduces them whether or not `reduce_scatter` is true."""
-    few, many = (tiny_planner(Cluster(ranks), stage=2).plan() for ranks in (8, 2048))
-    assert few.trained.zero.get("reduce_scatter", True)
-    assert not many.trained.zero["reduce_scatter"]
-    assert few.sent == (few.gathered + 2 * few.reduced) * 7 / 8
-    assert many.sent == (many.gathered + 2 * many.reduced) * 2047 / 2048
+@each_row("stage, ranks, times", SENT)
+def test_bytes_that_a_rank_sends(stage, ranks, times):
+    count = int(ranks)
+    plan = tiny_planner(Cluster(count), int(stage)).plan()
+    assert plan.trained.zero.get("reduce_scatter", True) == (count < 2048)
+    sent = plan.gathered + int(times) * plan.reduced
+    assert plan.sent == sent * (count - 1) / count
 
 
 def test_a_node_has_one_base_and_the_offloaded_states_of_its_ranks():

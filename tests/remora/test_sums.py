@@ -171,6 +171,9 @@ def test_a_resume_has_the_same_bits_whatever_became_of_the_sums(run, tmp_path, d
         assert set(read_by_merge) == set(range(MERGES))
     else:
         assert read_by_merge == [], "a replay keeps its sums"
+        head = Ledger.open(copy / "out/checkpoints/latest/ledger").head
+        sums_of_checkpoint = (copy / "out/ledger/sums").glob(f"{head}-*")
+        assert list(sums_of_checkpoint), "a killed run goes on from them"
 
 
 def test_without_room_for_all_sums_merges_replay_the_ledger(run, tmp_path):

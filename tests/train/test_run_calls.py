@@ -2,6 +2,7 @@
 changed.
 """
 
+import math
 import os
 from operator import attrgetter
 from pathlib import Path
@@ -203,10 +204,11 @@ def test_a_scheduler_goes_on_where_it_was_saved(tmp_path, stage):
 
 def test_a_scheduler_that_json_would_change_is_refused():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-    with user_error(
-        "the state of `lr_scheduler`, a MultiStepLR, does not fit in a checkpoint"
-    ):
-        scheduler_state(MultiStepLR(optimizer, [2, 4]))
+    changed = MultiStepLR(optimizer, [2, 4])
+    infinite = LambdaLR(optimizer, lambda step: math.inf)
+    for scheduler in (changed, infinite):
+        with user_error(f"a {type(scheduler).__name__}, does not fit in a checkpoint"):
+            scheduler_state(scheduler)
 
 
 def calls_within_a_step(folder, stage):
