@@ -3,11 +3,9 @@
 import configparser
 from pathlib import Path
 
-import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-FORMS = ("bug.yml", "feature.yml")
 
 
 def read(name):
@@ -49,14 +47,3 @@ def test_pre_commit_runs_the_linters_of_ci():
         if line.split()[0] in linters
     }
     assert commands == wanted
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_issue_forms_have_required_fields(name):
-    content = read(f".github/ISSUE_TEMPLATE/{name}")
-    assert content["name"]
-    assert content["description"]
-    fields = [field for field in content["body"] if field["type"] != "markdown"]
-    assert len({field["id"] for field in fields}) == len(fields) > 1
-    assert all(field["attributes"]["label"] for field in fields)
-    assert any(field.get("validations", {}).get("required") for field in fields)

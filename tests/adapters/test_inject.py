@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from transformers import FalconConfig, FalconForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import (
@@ -360,13 +359,3 @@ def test_layers_stay_in_training_or_evaluation():
         model = tiny_model().train(mode)
         inject(model, MoRAConfig(rank=4, dropout=0.5))
         assert {layer.training for layer in mora_layers(model).values()} == {mode}
-
-
-def test_falcon_s_linear_layers_have_a_forward_of_their_own():
-    model = FalconForCausalLM(
-        FalconConfig(
-            hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=128
-        )
-    )
-    inject(model, MoRAConfig(rank=2))
-    assert "transformer.h.0.self_attention.dense" in mora_layers(model)

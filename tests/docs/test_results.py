@@ -10,7 +10,6 @@ from mora_ds.common.files import read_json
 from tests.helpers.pages import FENCE, PAGES, ROOT
 from tools import docs_results, plans
 from tools.runs import best_rows
-from tools.tables import mean_and_spread, table_row
 
 RESULTS = sorted((ROOT / "docs/results").glob("*.md"))
 DRAWN = re.compile(
@@ -157,14 +156,3 @@ def test_every_image_has_its_data_or_shows_none():
     assert files == set(IMAGES)
     data = {source for source in IMAGES.values() if source.endswith(".json")}
     assert data <= {path.name for path in (ROOT / "docs/results/data").glob("*.json")}
-
-
-def test_one_seed_has_no_deviation():
-    assert (mean_and_spread([10.5, 10.4, 10.3]), mean_and_spread([10.3])) == (
-        "10.4 ± 0.1",
-        "10.3",
-    )
-
-
-def test_a_bar_within_a_cell_does_not_end_it():
-    assert table_row("<|a|>", "1") == r"|<\|a\|> |1|"

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from peft import PeftMixedModel, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import register_peft_method
-from peft.utils.hotswap import hotswap_adapter
 from torch.testing import assert_close
 
 from mora_ds.adapters.ops.index_tables import tables_of
@@ -177,15 +176,6 @@ def test_lora_of_an_adapter_that_there_is_not():
     model = get_peft_model(tiny_model(), MoraConfig(r=4))
     with user_error("unknown adapter 'defualt'; known: default"):
         convert_to_lora(model, 4, "defualt")
-
-
-def test_hot_swap_and_mixed_models_are_refused_by_peft(tmp_path):
-    model = get_peft_model(tiny_model(), MoraConfig(r=4))
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Hotswapping only supports"):
-        hotswap_adapter(model, tmp_path, "default")
-    with pytest.raises(ValueError, match="not supported for mixed models"):
-        PeftMixedModel.from_pretrained(tiny_model(), tmp_path)
 
 
 def test_peft_takes_methods_of_its_own_enum_alone():

@@ -73,10 +73,3 @@ def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch):
             warnings.warn(message, stacklevel=1)
     assert len(waits) == 2
     assert modes == ["warn", "default"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_line_is_printed(capsys):
-    call("bench/gpu", "ceilings")
-    assert capsys.readouterr().out.startswith("no GPU here")
-    assert not torch.cuda.is_available()

@@ -2,8 +2,6 @@
 the pages' tables from it.
 """
 
-import argparse
-
 from mora_ds.common.files import read_json
 from tools import docs_results, plans
 from tools.bench.report import Report, bench_parser
@@ -38,9 +36,3 @@ def test_a_file_holds_what_is_printed_and_a_page_shows_it(
     assert "old" not in page
     assert "`python tools/bench/loss.py --rows 2` on " in page
     assert page.endswith("\n\nText.")
-
-
-def test_without_json_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Report(argparse.Namespace(json=None)).write()
-    assert not list(tmp_path.iterdir())
