@@ -7,6 +7,7 @@ import pytest
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.config.arguments import parse
 from mora_ds.config.lr_schedule import Schedule, ScheduleKind
+from mora_ds.config.mixture import mixture_config
 from mora_ds.engine.settings import EngineSettings, OptimizerKind
 from tests.helpers.errors import user_error
 
@@ -21,6 +22,13 @@ def test_evaluation_sets_have_names():
         ("a", "b/c.txt"),
         ("x=y", "dir/x=y.txt"),
     ]
+
+
+def test_a_file_that_is_there_is_no_source_with_a_weight(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b.txt:1").touch()
+    (source,) = mixture_config(parse(["--train_files", "a=b.txt:1"]).data).sources
+    assert source.files == ("a=b.txt:1",)
 
 
 def test_a_warmup_below_1_is_a_share_of_the_run():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -46,7 +47,7 @@ def as_rank(monkeypatch):
     return as_rank
 
 
-def test_ranks_of_one_run_meet(as_rank):
+def test_ranks_of_one_run_meet(as_rank, monkeypatch):
     port = free_port()
     as_rank(0, 2, port)
     listening = rendezvous.meet(LIMIT)
@@ -55,6 +56,11 @@ def test_ranks_of_one_run_meet(as_rank):
     # A process may come again: after a failure it reports to the others
     rendezvous.meet(LIMIT)
     assert listening.num_keys() >= 3
+    twin = SimpleNamespace(create_time=lambda: 0.0)
+    monkeypatch.setattr(rendezvous.psutil, "Process", lambda: twin)
+    # As where two containers of one name have a process 1 each
+    with run_error("another run, whose rank 1 is process"):
+        rendezvous.meet(LIMIT)
 
 
 def test_the_store_of_another_run_is_left_at_once(as_rank):

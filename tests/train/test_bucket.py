@@ -7,7 +7,9 @@ On a disk (file://) by default; the heavy tests have S3 over HTTP (moto's server
 import os
 import random
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -246,6 +248,64 @@ def test_a_run_whose_inputs_are_at_urls_is_that_on_a_disk(user, reference, tmp_p
     source = f"file://{user.root}"
     url = f"file://{tmp_path}/store/run"
     assert_same_from_urls(user, source, url, tmp_path, reference)
+
+
+@pytest.fixture
+def overwriting(tmp_path):
+    """(a run that has overwritten the one in a store, the store). Killed processes have left
+    something of both."""
+    store = tmp_path / "store"
+    remote = RemoteFolder(f"file://{store}", tmp_path)
+    stale = remote.folder / "stale"
+    run_file = "versions: {}\nresolved: {owns: [run.yaml, metrics.jsonl, merged]}\n"
+    for path in (
+        store / "run.yaml",
+        store / "metrics.jsonl",
+        store / "merged/a",
+        stale,
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(run_file)
+    remote.open()
+    assert not stale.exists()
+    remote.begin(overwrites=True)
+    yield remote, store
+    remote.close()
+
+
+def test_run_yaml_stays_until_there_is_another_one(overwriting, monkeypatch):
+    """It says that the other names are a run's, whenever this one is killed."""
+    remote, store = overwriting
+    (store / "metrics.jsonl").touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(object_store.ObjectStore, "put", None)
+        with pytest.raises(TypeError):
+            remote.begin(overwrites=True)
+    assert set(tree(store)) == {"run.yaml", ".lock"}
+
+
+def test_a_merged_model_takes_the_place_of_the_one_before(overwriting):
+    remote, store = overwriting
+    for path in (store / "merged/old", remote.folder / "merged/new"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    ranks = SimpleNamespace(run_on_rank0=lambda what, work, long: work())
+    remote.upload(ranks, [], has_merged=True)
+    assert set(tree(store / "merged")) == {"new"}
+
+
+def test_a_run_that_has_lost_its_url_leaves_it_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(object_store, "RENEWED_S", 0.05)
+    remote = RemoteFolder(f"file://{tmp_path}/store", tmp_path)
+    remote.open()
+    remote.begin(overwrites=False)
+    (tmp_path / "store/.lock").write_text("another process")
+    for thread in threading.enumerate():
+        if thread.name == "lease":
+            thread.join(30)
+    (remote.folder / "metrics.jsonl").touch()
+    remote.close()
+    assert set(tree(tmp_path / "store")) == {".lock"}
 
 
 # -- S3 --------------------------------------------------------------------------------
