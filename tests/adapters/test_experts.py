@@ -26,6 +26,7 @@ from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import UserError
 from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import load_base
+from mora_ds.remora.ledger import LayerEntry, agree_on_layers
 from mora_ds.research.spectrum import histories
 from tests.helpers.errors import user_error
 from tests.helpers.models import (
@@ -277,6 +278,10 @@ def test_a_stack_is_its_members():
     for damaged in ({"count": 0}, {"count": 2**40}, {"operator": {}}, {"more": 1}):
         with pytest.raises(UserError):
             spec_from_dict({**spec.to_dict(), **damaged})
+    known = {"a": LayerEntry("a", False, spec)}
+    fewer = LayerEntry("a", False, spec_from_dict({**spec.to_dict(), "count": 3}))
+    with user_error("a is another layer than in earlier cycles"):
+        agree_on_layers(known, {"a": fewer}, "a file")
     with user_error("no operator of a stack"):
         merged_weight(original, [(spec.operator, value[0])], False, torch.float32)
 

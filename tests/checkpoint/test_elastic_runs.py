@@ -125,7 +125,7 @@ def muon(user, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("world, stage", [(3, 2), (2, 1), heavy(1, 3)])
+@pytest.mark.parametrize("world, stage", [(3, 2), heavy(2, 1), heavy(1, 3)])
 def test_muons_momentum_goes_on_at_another_size_and_stage(
     user, muon, tmp_path, world, stage
 ):

@@ -6,7 +6,6 @@ import os
 import sys
 from contextlib import nullcontext, suppress
 
-import pytest
 from deepspeed.launcher import runner
 
 from mora_ds.commands import dispatch, pretrain, recipes
@@ -171,15 +170,15 @@ def test_what_ssh_to_other_nodes_needs_is_named(
         launcher.check_connections(line.split())
 
 
-@pytest.mark.parametrize(
-    "for_launcher, flags, level",
-    [
-        ("", "", "error"),
-        ("--hostfile nodes", "", "warning"),
-        ("", "--seed 1 --log_level debug", "debug"),
-        ("", "--log_level chatty", "error"),
-    ],
-)
+LEVELS = """
+--num_gpus 2     | --seed 1                   | error
+--hostfile nodes | --seed 1                   | warning
+--num_gpus 2     | --seed 1 --log_level debug | debug
+--num_gpus 2     | --log_level chatty         | error
+"""
+
+
+@each_row("for_launcher, flags, level", LEVELS)
 def test_the_launcher_is_quiet_unless_it_is_asked(for_launcher, flags, level):
     command = launcher.command(for_launcher.split(), flags.split())
     assert runner.parse_args(command[3:]).log_level == level

@@ -10,18 +10,15 @@ from mora_ds.config.lr_schedule import Schedule, ScheduleKind
 from mora_ds.config.mixture import mixture_config
 from mora_ds.engine.settings import EngineSettings, OptimizerKind
 from tests.helpers.errors import user_error
+from tests.helpers.tables import each_row
 
 
 def test_evaluation_sets_have_names():
-    data = parse(
-        ["--eval_files", "held.txt", "news=b/*.txt", "a=b/c.txt", "dir/x=y.txt"]
-    ).data
-    assert data.named_eval_files() == [
-        ("held", "held.txt"),
-        ("news", "b/*.txt"),
-        ("a", "b/c.txt"),
-        ("x=y", "dir/x=y.txt"),
-    ]
+    flags = "--eval_files held.txt news=b/*.txt a=b/c.txt dir/x=y.txt"
+    named = parse(flags.split()).data.named_eval_files()
+    assert [name for name, _ in named] == ["held", "news", "a", "x=y"]
+    files = "held.txt b/*.txt b/c.txt dir/x=y.txt"
+    assert [file for _, file in named] == files.split()
 
 
 def test_a_file_that_is_there_is_no_source_with_a_weight(tmp_path, monkeypatch):
@@ -118,22 +115,20 @@ def test_adapter_settings_become_the_adapters_config():
     assert parse(flags.split()).adapter.config(seed=5) == wanted
 
 
-@pytest.mark.parametrize(
-    "flags, adapter, others",
-    [
-        ("", 4e-4, 4e-4),
-        ("--learning_rate 0.001", 0.001, 0.001),
-        ("--embedding_learning_rate 0.001", 4e-4, 0.001),
-        ("--optimizer muon", 0.01, 4e-4),
-        ("--optimizer muon --learning_rate 0.02", 0.02, 4e-4),
-        ("--optimizer muon --embedding_learning_rate 0.001", 0.01, 0.001),
-    ],
-)
+PEAKS = """
+--seed 1                                         | 0.0004 | 0.0004
+--learning_rate 0.001                            | 0.001  | 0.001
+--embedding_learning_rate 0.001                  | 0.0004 | 0.001
+--optimizer muon                                 | 0.01   | 0.0004
+--optimizer muon --learning_rate 0.02            | 0.02   | 0.0004
+--optimizer muon --embedding_learning_rate 0.001 | 0.01   | 0.001
+"""
+
+
+@each_row("flags, adapter, others", PEAKS)
 def test_adapter_and_other_parameters_have_a_peak_learning_rate_each(
     flags, adapter, others
 ):
     training = parse(flags.split()).training
-    assert (training.peak_learning_rate, training.other_learning_rate) == (
-        adapter,
-        others,
-    )
+    assert training.peak_learning_rate == float(adapter)
+    assert training.other_learning_rate == float(others)

@@ -277,8 +277,7 @@ def test_a_merge_zeroes_the_momentum(stage):
     assert_follows(run_ranks(2, sharded_run, stage, 2), plain_run(merge_at=2), 2e-3)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage, precision", [(2, "bf16"), (3, "fp16")])
 def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage, precision):
     ranks = run_ranks(2, sharded_run, stage, None, precision)
     expected = plain_run()

@@ -71,14 +71,8 @@ def test_processes_of_a_node_are_those_that_see_each_other():
     the third has containers.
     """
     facts = [
-        (0, "a"),
-        (1, "a"),
-        (0, "a"),
-        (1, "a"),
-        (2, "a"),
-        (0, "b"),
-        (1, "c"),
-        (2, "b"),
+        (int(fact[0]), fact[1])
+        for fact in ["0a", "1a", "0a", "1a", "2a", "0b", "1c", "2b"]
     ]
 
     def members(rank):

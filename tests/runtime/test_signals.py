@@ -269,6 +269,7 @@ def gone_within(ranks, seconds):
     return True
 
 
+@pytest.mark.heavy
 def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start, out):
     process, log, ranks = start()
     os.kill(ranks[1], signal.SIGTERM)

@@ -1,7 +1,7 @@
 """The kill matrix: SIGKILL at every named moment, then the same command again ends as if
 nothing had happened.
 
-pytest tests/train/test_kill.py              every fourth moment once, on two ranks
+pytest tests/train/test_kill.py              every sixth moment once, on two ranks
 pytest tests/train/test_kill.py -m heavy     every moment with each of: one rank or all, 2 and 3 ranks, fp32 and bf16
 """
 
@@ -97,8 +97,8 @@ def victims_of(moment, ranks):
 
 
 def once(moments):
-    """Every fourth moment, with one set of victims each."""
-    for index, moment in enumerate(moments[::4]):
+    """Every sixth moment, with one set of victims each."""
+    for index, moment in enumerate(moments[::6]):
         groups = list(victims_of(moment, 2))
         yield moment, groups[index % len(groups)], 2, "fp32"
 

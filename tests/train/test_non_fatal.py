@@ -90,10 +90,9 @@ def ranks_and_reference(request, user, tmp_path_factory):
 
 
 EVALUATIONS = """
-# before a save; twice; at the end
-2
+# before a save, and at the end; twice in between
+2 4
 1 3
-4
 """
 
 
@@ -294,13 +293,13 @@ def reference(user, tmp_path_factory):
 
 IN_A_CALL = """
 MetricsLog evaluation | 1 | 4
-# half a merge; the probes before one and after one
+# half a merge; the probe after one
 ReMoRA _start_cycle | 0 | 4
-Trainer _reference_loss | 1 | 4
 Trainer _reference_loss | 2 | 4
 Evaluator evaluate | 2 | 6
 """
 ALSO_IN_A_CALL = """
+Trainer _reference_loss | 1 | 4
 Evaluator evaluate | 1 | 4
 ReMoRA merge | 0 | 4
 MetricsLog evaluation | 2 | 6

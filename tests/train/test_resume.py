@@ -34,6 +34,7 @@ from tests.helpers.resume import (
 )
 from tests.helpers.snapshot import untouched
 from tests.helpers.stores import OVER_STORES, shown, stored
+from tests.helpers.tables import heavy
 
 
 @OVER_STORES
@@ -69,8 +70,9 @@ def copied(reference, out):
     return out
 
 
-@OVER_STORES
-@pytest.mark.parametrize("step", [2, 6])
+@pytest.mark.parametrize(
+    "out, step", [("disk", 6), ("memory", 2), heavy("bucket", 2)], indirect=["out"]
+)
 def test_resume_from_a_path_rolls_the_ledger_back(user, copied, reference, step):
     """From before the first merge, with both merges done since, and from right after the
     second.
