@@ -242,21 +242,23 @@ def test_kubernetes_starts_a_process_a_gpu(tmp_path):
     check(options, parse(flags))
 
 
+RESTARTS = """
+- {name: saved, action: RestartJobSetAndIgnoreMaxRestarts, onJobFailureReasons: [PodFailurePolicy]}
+"""
+ENDS_OF_PODS = f"""
+- {{action: FailJob, onExitCodes: {{operator: In, values: [{EXIT_STOPPED}]}}}}
+- {{action: FailJob, onPodConditions: [{{type: DisruptionTarget, status: "True"}}]}}
+"""
+
+
 def test_a_restart_of_kubernetes_counts_unless_the_ranks_had_to_stop():
     """Pods of the same preemption: the one that Kubernetes ends, and those whose ranks save
     with it. JobSet sees the reason alone."""
     jobset, nodes = jobset_nodes()
     policy = jobset["spec"]["failurePolicy"]
-    (rule,) = policy["rules"]
     assert policy["maxRestarts"] > 0
-    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
-    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
-    saved, disrupted = nodes["podFailurePolicy"]["rules"]
-    assert {saved["action"], disrupted["action"]} == {"FailJob"}
-    assert saved["onExitCodes"] == {"operator": "In", "values": [EXIT_STOPPED]}
-    assert disrupted["onPodConditions"] == [
-        {"type": "DisruptionTarget", "status": "True"}
-    ]
+    assert policy["rules"] == parsed(RESTARTS)
+    assert nodes["podFailurePolicy"]["rules"] == parsed(ENDS_OF_PODS)
     assert nodes["backoffLimit"] == 0, "every other failure is one of its own"
 
 

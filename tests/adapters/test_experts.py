@@ -38,6 +38,7 @@ from tests.helpers.models import (
     tokens,
 )
 from tests.helpers.operators import specs_of_tables
+from tests.helpers.tables import each_row, parsed
 
 EVERYWHERE = ("all-linear", "experts")
 OPERATORS = dict(
@@ -199,25 +200,29 @@ def test_grouped_products_and_their_gradients(monkeypatch, kernel, bits):
         assert_close(trained.grad, reference.grad)
 
 
-def test_which_grouped_products_a_gpu_has_a_kernel_for(monkeypatch):
-    """In bf16 from Ampere on, of rows whose bytes are a multiple of 16."""
-    capability = [8, 0]
+GROUPED = """
+8 | 16 | 8  | bfloat16 | cuda | true
+8 | 12 | 8  | bfloat16 | cuda | false
+8 | 16 | 12 | bfloat16 | cuda | false
+8 | 16 | 8  | float16  | cuda | false
+8 | 16 | 8  | bfloat16 | cpu  | false
+7 | 16 | 8  | bfloat16 | cuda | false
+"""
+"""Compute capability | inputs | outputs | dtype | device | whether there is a kernel: in
+bf16 from Ampere on, of rows whose bytes are a multiple of 16."""
+
+
+@each_row("capability, inputs, width, dtype, device, has_kernel", GROUPED)
+def test_which_grouped_products_a_gpu_has_a_kernel_for(
+    monkeypatch, capability, inputs, width, dtype, device, has_kernel
+):
     monkeypatch.setattr(F, "grouped_mm", None, raising=False)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_capability", lambda device: tuple(capability)
-    )
-
-    def has_kernel(inputs=16, width=8, dtype=torch.bfloat16, device="cuda"):
-        x = SimpleNamespace(shape=(4, inputs), dtype=dtype, device=torch.device(device))
-        return grouped.has_kernel(x, width)
-
-    assert has_kernel()
-    assert not has_kernel(inputs=12)
-    assert not has_kernel(width=12)
-    assert not has_kernel(dtype=torch.float16)
-    assert not has_kernel(device="cpu")
-    capability[:] = 7, 5
-    assert not has_kernel()
+    known = (int(capability), 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: known)
+    shape = (4, int(inputs))
+    of_x = {"dtype": getattr(torch, dtype), "device": torch.device(device)}
+    x = SimpleNamespace(shape=shape, **of_x)
+    assert grouped.has_kernel(x, int(width)) == parsed(has_kernel)
 
 
 def test_a_frozen_stack_saves_no_rows_for_backward():

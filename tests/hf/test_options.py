@@ -222,23 +222,6 @@ def test_a_section_that_is_null_is_one_that_is_absent(tmp_path, sections):
     assert optimizer["params"]["lr"] == args.learning_rate
 
 
-def test_merges_keep_off_warm_ups_and_lower_the_learning_rate():
-    """None in the warm-up of 4 steps, or 2 steps before the end; a re-warmup leads to the
-    curve's value after it.
-    """
-    callback = MoRACallback(merge_every=3, restart_warmup_steps=2)
-    args = SimpleNamespace(learning_rate=1.0, get_warmup_steps=lambda total: 4)
-    callback.plan(args, 12)
-    merges = callback.schedule.merges_left(0)
-    assert merges == [6, 9]
-    run = SimpleNamespace(state=SimpleNamespace(merges=merges))
-    callback.trainer = SimpleNamespace(run=run)
-    factor = callback.rewarmed(lambda step: 1 - step / 100)
-    curve = [1 - step / 100 for step in range(6)]
-    restarts = [0.92 / 3, 2 * 0.92 / 3, 0.92, 0.89 / 3, 2 * 0.89 / 3, 0.89]
-    assert [factor(step) for step in range(12)] == pytest.approx([*curve, *restarts])
-
-
 def test_transformers_and_accelerate_have_what_is_overridden():
     """An upgrade that renames one of these would leave ours uncalled."""
     for name in (

@@ -33,6 +33,7 @@ from tests.helpers.attention import (
     reference,
 )
 from tests.helpers.pairwise import pairwise
+from tests.helpers.tables import each_row, parsed
 
 KINDS = ["plain", "capped", "sinks"]
 
@@ -144,24 +145,30 @@ def test_dropout_is_applied(window, kind, masked):
     assert (out == 0).double().mean() > 0.8
 
 
-def test_what_the_varlen_kernel_can_compute():
+FITS = """
+{dtype: float16} | true
+{} | true
+{size: 256, value_size: 256} | true
+{dtype: float32} | false
+{device: cpu} | false
+{size: 257} | false
+{value_size: 257} | false
+{softcap: 30.0} | false
+{dropout: 0.1} | false
+{sinks: true} | false
+"""
+
+
+@each_row("case, fits", FITS)
+def test_what_the_varlen_kernel_can_compute(case, fits):
     """The meta device stands for a GPU."""
-
-    def fits(dtype, size=64, value_size=64, device="meta", **scores):
-        query = torch.empty(1, 2, 4, size, dtype=dtype, device=device)
-        value = torch.empty(1, 2, 4, value_size, dtype=dtype, device=device)
-        return fits_varlen(query, value, Scores(1.0, **scores))
-
-    assert fits(torch.float16)
-    assert fits(torch.bfloat16)
-    assert fits(torch.bfloat16, 256, 256)
-    assert not fits(torch.bfloat16, sinks=torch.zeros(2))
-    assert not fits(torch.float32)
-    assert not fits(torch.bfloat16, device="cpu")
-    assert not fits(torch.bfloat16, 257)
-    assert not fits(torch.bfloat16, 64, 257)
-    assert not fits(torch.bfloat16, softcap=30.0)
-    assert not fits(torch.bfloat16, dropout=0.1)
+    defaults = {"dtype": "bfloat16", "size": 64, "value_size": 64, "device": "meta"}
+    scores = {**defaults, **parsed(case)}
+    how = {"dtype": getattr(torch, scores.pop("dtype")), "device": scores.pop("device")}
+    query, value = (
+        torch.empty(1, 2, 4, scores.pop(name), **how) for name in ("size", "value_size")
+    )
+    assert fits_varlen(query, value, Scores(1.0, **scores)) == parsed(fits)
 
 
 @pytest.mark.parametrize(
