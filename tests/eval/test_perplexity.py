@@ -99,8 +99,8 @@ CUT = """
 tokens and bytes."""
 
 
-@each_row("how, most, pieces, counts", CUT)
-def test_a_chunk_has_the_end_of_the_one_before_as_context(how, most, pieces, counts):
+@each_row("how, most, parts, counts", CUT)
+def test_a_chunk_has_the_end_of_the_one_before_as_context(how, most, parts, counts):
     """Every token is scored once."""
     window, stride, *start = how.split()
     tokenizer = Letters()
@@ -113,7 +113,7 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context(how, most, pieces, cou
     windows = Windows(int(window), int(stride), *start)
     cut = perplexity.cut_windows(corpus, tokenizer, windows, parsed(most), score)
     texts = ["".join(map(str, ids)) + f"+{scored}" for ids, scored in cut]
-    assert texts == pieces.split()
+    assert texts == parts.split()
     assert f"{score.documents} {score.tokens} {score.text_bytes}" == counts
 
 
