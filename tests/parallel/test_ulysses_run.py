@@ -70,7 +70,8 @@ def test_a_run_over_split_rows_and_on_at_one_rank(user, one, merged, out):
 
 
 VARIANTS = """
-documents see each other | --no_document_mask --gradient_checkpointing
+documents see each other | --no_document_mask
+gradient checkpointing | --gradient_checkpointing
 lora | --adapter lora --mora_rank 4
 full | --adapter full --merge_every 0 --restart_warmup_steps 10 --train_norms false
 none | --adapter none --merge_every 0 --restart_warmup_steps 10 --train_norms false
