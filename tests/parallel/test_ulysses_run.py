@@ -48,7 +48,9 @@ def assert_close(results, wanted, rel):
             assert_close(results[key], value, rel)
         elif isinstance(value, float):
             small = 10 * rel if key.endswith(("_norm", "rounding_loss")) else rel
-            assert results[key] == pytest.approx(value, rel=small, abs=0.0), key
+            # A fraction of the update: if that differs by `rel`, so may a small fraction of it
+            absolute = 2 * rel if key == "rounding_loss" else 0.0
+            assert results[key] == pytest.approx(value, rel=small, abs=absolute), key
         else:
             assert results[key] == value, key
 
