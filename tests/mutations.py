@@ -442,7 +442,7 @@ runtime/ranks.py Ranks.same | train/test_agreement.py
 + len(ranks_with) > 9
 
 # a file that shared storage shows late is not waited for
-common/files.py await_readable | common/test_files.py
+common/files.py await_file | common/test_files.py
 - time.monotonic() > deadline
 + True
 

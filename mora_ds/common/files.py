@@ -19,7 +19,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -405,30 +405,16 @@ VISIBLE_WITHIN_S = 20.0
 """How long a network file system may take to show a new file on other nodes."""
 
 
-def await_readable(read: Callable[[], Result]) -> Result:
-    """What `read` returns of files that another node has written: it is called again
-    while it raises a `UserError`. Raises `RunError` after `VISIBLE_WITHIN_S`."""
-    deadline = time.monotonic() + VISIBLE_WITHIN_S
-    while True:
-        try:
-            return read()
-        except UserError as error:
-            if time.monotonic() > deadline:
-                raise RunError(
-                    f"{error} on {platform.node()}, {VISIBLE_WITHIN_S:.0f} s after another rank has written it"
-                ) from error
-        time.sleep(0.1)
-
-
 def await_file(path: Path, size: int) -> None:
-    """Wait until a file written by another node is visible with this size. Raises
-    `RunError` as `await_readable` does."""
-
-    def look() -> None:
-        if problem := file_problem(path, size, None):
-            raise UserError(problem)
-
-    await_readable(look)
+    """Wait until a file that another node has written is visible with this size. Raises
+    `RunError` after `VISIBLE_WITHIN_S`."""
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
+    while problem := file_problem(path, size, None):
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{problem} on {platform.node()}, {VISIBLE_WITHIN_S:.0f} s after another rank has written it"
+            )
+        time.sleep(0.1)
 
 
 def json_digest(content: Any) -> str:

@@ -35,6 +35,11 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Layers, Ledger
 from mora_ds.remora.sums import SUMS_FOLDER, MergedSums
 
+HASH_BYTES = 32
+"""Of a sha256."""
+SIZE_BYTES = 8
+"""Of a file's size, in what rank 0 tells of a new cycle."""
+
 LOSS_TOLERANCE = {
     torch.float32: 1e-4,
     torch.float16: 1e-2,
@@ -272,19 +277,20 @@ class ReMoRA:
     ) -> None:
         """Rank 0 appends the cycle to the ledger, and tells the others its hash and
         size."""
-        facts = torch.zeros(5, dtype=torch.int64)
+        told = torch.zeros(HASH_BYTES + SIZE_BYTES, dtype=torch.uint8)
         if dist.get_rank() == 0:
             self.ledger.append(step, entries, mora_matrices.items())
             record = self.ledger.records[-1]
-            digest = bytearray.fromhex(record.sha256)
-            facts[:4] = torch.frombuffer(digest, dtype=torch.int64)
-            facts[4] = record.size
-        facts = facts.to(self.engine.device)
-        dist.broadcast(facts, src=0)
+            size = record.size.to_bytes(SIZE_BYTES)
+            told = torch.frombuffer(
+                bytearray.fromhex(record.sha256) + size, dtype=torch.uint8
+            )
+        told = told.to(self.engine.device)
+        dist.broadcast(told, src=0)
         if dist.get_rank() != 0:
-            facts = facts.cpu()
-            sha256 = facts[:4].numpy().tobytes().hex()
-            self.ledger.follow(step, sha256, int(facts[4]))
+            content = bytes(told.tolist())
+            sha256 = content[:HASH_BYTES].hex()
+            self.ledger.follow(step, sha256, int.from_bytes(content[HASH_BYTES:]))
 
     def _start_cycle(self, cycle: int) -> None:
         """Zero matrices, master weights and optimizer state, and set the cycle's operators."""

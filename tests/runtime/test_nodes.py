@@ -10,8 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from mora_ds.common import files
-from mora_ds.common.errors import RunError, UserError
-from mora_ds.remora import ledger
+from mora_ds.common.errors import RunError
 from mora_ds.runtime.nodes import write_on_rank0
 from mora_ds.runtime.ranks import Ranks
 from tests.helpers.gloo import RankFailed, run_ranks
@@ -76,28 +75,28 @@ def test_a_file_that_a_node_does_not_see_is_a_failure_of_the_run(tmp_path):
         assert "after another rank has written it" in message
 
 
-def merging_with_a_late_ledger(argv, times):
-    """A run in which rank 1 finds no ledger.json the first `times` that it looks."""
+def merging_with_a_late_cycle(argv, times):
+    """A run in which rank 1 finds no cycle of the ledger the first `times` that it looks."""
     files.VISIBLE_WITHIN_S = 1.0
     left = [times if dist.get_rank() else 0]
-    original = ledger.read_formatted
+    original = files.file_problem
 
-    def read(path):
-        if path.name == ledger.LEDGER_FILE and left[0]:
+    def problem(path, size, sha256):
+        if path.name.startswith("cycle-") and left[0]:
             left[0] -= 1
-            raise UserError(f"{path} is missing")
-        return original(path)
+            return f"{path} is missing"
+        return original(path, size, sha256)
 
-    ledger.read_formatted = read
+    files.file_problem = problem
     return job(argv)["merges"]
 
 
-def test_a_ledger_that_comes_late_is_waited_for(user, out):
+def test_a_cycle_that_comes_late_is_waited_for(user, out):
     argv = user.flags(out, "--max_steps 4 --merge_every 2 --restart_warmup_steps 1")
-    assert run_ranks(2, merging_with_a_late_ledger, argv, 3)[0] == 1
+    assert run_ranks(2, merging_with_a_late_cycle, argv, 3)[0] == 1
 
 
-def test_a_ledger_that_does_not_come_is_a_failure_of_the_run(user, out):
+def test_a_cycle_that_does_not_come_is_a_failure_of_the_run(user, out):
     argv = user.flags(out, "--max_steps 4 --merge_every 2 --restart_warmup_steps 1")
-    with pytest.raises(RankFailed, match=r"RunError.*ledger\.json is missing on"):
-        run_ranks(2, merging_with_a_late_ledger, argv, 1_000_000)
+    with pytest.raises(RankFailed, match=r"RunError.*cycle-00000.* is missing on"):
+        run_ranks(2, merging_with_a_late_cycle, argv, 1_000_000)
