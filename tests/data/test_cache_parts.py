@@ -145,7 +145,7 @@ def parts_of(sizes_and_hashes):
 
 def test_small_files_share_parts_that_one_more_file_does_not_shift():
     numbers = np.random.RandomState(0)
-    small = [(9, numbers.bytes(8).hex()) for _ in range(800)]
+    small = [(9, numbers.bytes(8).hex()) for _ in range(3000)]
     large = (cache.SMALL_BYTES, "large")
     parts = parts_of([*small[:1500], large, *small[1500:]])
     assert [name for part in parts for name in part] == [

@@ -211,7 +211,7 @@ def test_an_operator_from_two_maps_has_update_and_delta(
     kernels = KernelProducts(KernelTables(spec, torch.device("cpu")))
     assert_close(kernels.effective_weight(merged, mora_matrix), right)
     for path in (Compute.ACTIVATION, Compute.WEIGHT):
-        by_kernels = partial(mora_linear, products=kernels, path=path)
+        by_kernels = partial(mora_linear, products=kernels, compute=path)
         assert_close(outputs_and_gradients(spec, torch.float64, by_kernels), expected)
     g = random(5, spec.d_out, seed=4)
     half = spec.d_in // 2
