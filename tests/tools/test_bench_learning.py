@@ -18,7 +18,7 @@ from tests.helpers.tables import each_row
 from tests.helpers.tools import call, tool
 from tools import figures
 from tools.bench.learning_methods import METHODS_FILE, Methods
-from tools.bench.trials import flags
+from tools.bench.trials import command_line
 from tools.runs import Row, best_rows
 
 BAD = """
@@ -62,7 +62,7 @@ def test_bad_methods_are_named_with_their_file(tmp_path, method, message):
     sorted(METHODS_FILE.parent.glob("learning*.yaml")),
     ids=lambda path: path.stem,
 )
-def test_every_method_is_one_that_the_training_program_takes(user, path):
+def test_every_method_is_one_that_the_training_program_takes(user, tmp_path, path):
     methods = Methods.read(path)
     files = {
         "model_name_or_path": user.model,
@@ -73,7 +73,7 @@ def test_every_method_is_one_that_the_training_program_takes(user, path):
         for rate in method.rates:
             of_method = method.settings(rate, 3000, user.held)
             settings = {**files, "max_steps": 3000, **methods.settings, **of_method}
-            validate(parse(flags(settings)))
+            validate(parse(command_line(settings, tmp_path / "recipe.yaml")))
 
 
 def row(method, rate, new, old):

@@ -31,19 +31,25 @@ SEED = 42
 
 
 def pretrain_alone(settings: Mapping[str, Any], log: Path) -> None:
-    """`launch/pretrain.py` with these settings as flags, but for the block `research`, on
-    one thread, its output in `log`. Raises `RunError` naming that when it fails."""
+    """`launch/pretrain.py` with these settings, on one thread, its output in `log`. Raises
+    `RunError` naming that when it fails."""
     environment = {**os.environ, **only_rank(), "OMP_NUM_THREADS": "1"}
-    in_flags = dict(settings)
-    block = in_flags.pop(RESEARCH, {})
-    recipe = log.with_suffix(".yaml")
-    write_json(recipe, {RESEARCH: block} if block else {})
     launcher = str(ROOT / "launch" / "pretrain.py")
-    program = [sys.executable, launcher, str(recipe), *flags(in_flags)]
+    words = command_line(settings, log.with_suffix(".yaml"))
+    program = [sys.executable, launcher, *words]
     with log.open("w", encoding="utf-8") as file:
         ended = subprocess.run(program, env=environment, stdout=file, stderr=file)
     if ended.returncode:
         raise RunError(f"a run failed: see {log}")
+
+
+def command_line(settings: Mapping[str, Any], recipe: Path) -> list[str]:
+    """What a run with these settings is started with: flags, and the block `research`,
+    which has none, in a file `recipe`."""
+    in_flags = dict(settings)
+    block = in_flags.pop(RESEARCH, {})
+    write_json(recipe, {RESEARCH: block} if block else {})
+    return [str(recipe), *flags(in_flags)]
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
