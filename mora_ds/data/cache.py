@@ -23,10 +23,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -49,7 +50,6 @@ from mora_ds.common.files import (
 )
 from mora_ds.data.content_index import content_hashes, writable
 from mora_ds.data.corpus import Corpus
-from mora_ds.data.members import Member
 from mora_ds.data.readers import batched
 from mora_ds.data.token_files import TokenFile
 from mora_ds.data.token_index import DOCUMENTS, STARTS, TokensInPlace, write_index
@@ -204,8 +204,12 @@ def build_cache(
     hashes = content_hashes(corpus, cache_dir, num_proc)
     settings = _settings(corpus, encoder)
     parts = [
-        _Part.of(corpus, members, cache_dir, settings)
-        for members in _parts(corpus, hashes)
+        _Part(
+            replace(corpus, members=corpus.members[part]),
+            {**settings, "contents": hashes[part]},
+            cache_dir,
+        )
+        for part in _parts(corpus, hashes)
     ]
     missing = _missing(parts)
     if missing:
@@ -259,39 +263,26 @@ class _Part:
     corpus: Corpus
     """With these files alone."""
     settings: JsonObject
-    folder: Path
+    """Everything that determines the tokens."""
+    cache_dir: Path
 
-    @classmethod
-    def of(
-        cls,
-        corpus: Corpus,
-        members: Sequence[tuple[Member, str]],
-        cache_dir: Path,
-        settings: JsonObject,
-    ) -> _Part:
-        """`members`: with their hashes. `settings`: of the whole corpus."""
-        files, hashes = zip(*members, strict=True)
-        own_settings = {**settings, "contents": hashes}
-        folder = cache_dir / _key(own_settings)
-        return cls(replace(corpus, members=files), own_settings, folder)
+    @cached_property
+    def folder(self) -> Path:
+        return self.cache_dir / _key(self.settings)
 
 
-def _parts(corpus: Corpus, hashes: Sequence[str]) -> Iterator[list[tuple[Member, str]]]:
-    """The members of each part, with their hashes: a large file, or consecutive small
-    ones up to one whose hash begins with 00, 256 on average. So a new file changes one
-    part, wherever it is added."""
-    part: list[tuple[Member, str]] = []
-    for member, content_hash in zip(corpus.members, hashes, strict=True):
-        is_small = member.size_bytes() < SMALL_BYTES
-        if part and not is_small:
-            yield part
-            part = []
-        part.append((member, content_hash))
-        if not is_small or content_hash.startswith("00"):
-            yield part
-            part = []
-    if part:
-        yield part
+def _parts(corpus: Corpus, hashes: Sequence[str]) -> list[slice]:
+    """The members of each part: a large file, or consecutive small ones up to one whose
+    hash begins with 00, 256 on average. So a new file changes one part, wherever it is
+    added."""
+    borders = {0, len(corpus.members)}
+    for number, member in enumerate(corpus.members):
+        is_large = member.size_bytes() >= SMALL_BYTES
+        if is_large:
+            borders.add(number)
+        if is_large or hashes[number].startswith("00"):
+            borders.add(number + 1)
+    return [slice(first, last) for first, last in pairwise(sorted(borders))]
 
 
 def _settings(corpus: Corpus, encoder: Encoder) -> JsonObject:

@@ -137,10 +137,7 @@ class Member:
 def parts_of(sizes_and_hashes):
     corpus = type("", (), {"members": [Member(size) for size, _ in sizes_and_hashes]})
     hashes = [content_hash for _, content_hash in sizes_and_hashes]
-    return [
-        tuple(content_hash for _, content_hash in part)
-        for part in cache._parts(corpus, hashes)
-    ]
+    return [tuple(hashes[part]) for part in cache._parts(corpus, hashes)]
 
 
 def test_small_files_share_parts_that_one_more_file_does_not_shift():
