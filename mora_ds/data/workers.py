@@ -20,7 +20,7 @@ _work: Callable[[Any], Any] | None = None
 """The function of this worker process. It is sent once, because it may contain a
 tokenizer."""
 _failed: Any = None
-"""An event: the caller has failed, so that no item needs to be begun."""
+"""A flag in shared memory: the caller has failed, so that no item needs to be begun."""
 
 
 def ordered_map(
@@ -41,7 +41,8 @@ def ordered_map(
         yield from map(work, items)
         return
     context = get_context("spawn")
-    failed = context.Event()
+    # Not an event: a worker that is killed may hold its lock
+    failed = context.RawValue("b")
     # A pool has one worker: the first item that it does not return killed it
     pools = [
         ProcessPoolExecutor(
@@ -60,13 +61,14 @@ def ordered_map(
             yield waiting[0][1].result()
             waiting.popleft()
     except BrokenProcessPool as error:
+        failed.value = True
         lost = next((item for item, future in waiting if _is_lost(future)), item)
         raise RunError(
             f"a data worker process was killed at {place(lost)}, perhaps because memory ran out; lower "
             "--preprocessing_workers"
         ) from error
     finally:
-        failed.set()
+        failed.value = True
         for pool in pools:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -94,4 +96,4 @@ def _exit_with_parent() -> None:
 
 def _call(item: Any) -> Any:
     assert _work is not None
-    return None if _failed.is_set() else _work(item)
+    return None if _failed.value else _work(item)
