@@ -129,6 +129,8 @@ def load_corpus(
 
 
 def _file_members(patterns: Sequence[str], text_column: str) -> list[Member]:
+    """The files on disks and at URLs, in the order of the patterns, without
+    duplicates."""
     members: list[Member] = []
     for at_url, group in groupby(patterns, is_url):
         if at_url:
@@ -137,7 +139,7 @@ def _file_members(patterns: Sequence[str], text_column: str) -> list[Member]:
         else:
             files = resolve_files(list(group))
             members += [_file_member(path, text_column) for path in files]
-    return members
+    return list({member.label: member for member in members}.values())
 
 
 def resolve_files(patterns: Sequence[str]) -> list[Path]:

@@ -13,12 +13,15 @@ from typing import Any
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
-from mora_ds.common.object_store import ObjectStore, matches
+from mora_ds.common.object_store import ObjectStore, StoreError, matches
 from mora_ds.data.members import FileMember
 from mora_ds.data.readers import TOKENS, file_kind, has_known_suffix
 
 BLOCK_BYTES = 8 << 20
-"""Bytes of one request."""
+"""The most bytes of one request."""
+FIRST_BYTES = 1 << 20
+"""Bytes of the first request. At the start of a run each rank reads one document of each
+file."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class _Ranges(io.RawIOBase):
     def __init__(self, file: RemoteFile) -> None:
         folder, _, self._name = file.url.rpartition("/")
         self._store = ObjectStore(folder, "")
-        self._size = file.size
+        self._file = file
         self._position = 0
 
     def readable(self) -> bool:
@@ -72,15 +75,22 @@ class _Ranges(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}
+        start = {
+            io.SEEK_SET: 0,
+            io.SEEK_CUR: self._position,
+            io.SEEK_END: self._file.size,
+        }
         self._position = start[whence] + offset
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        end = min(self._position + len(buffer), self._size)
+        wanted = min(len(buffer), max(self._position, FIRST_BYTES))
+        end = min(self._position + wanted, self._file.size)
         if end <= self._position:
             return 0
         data = self._store.read_range(self._name, self._position, end)
+        if len(data) != end - self._position:
+            raise StoreError(f"{self._file} was changed after this run looked at it")
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from mora_ds.common.errors import RunError
 from mora_ds.data import (
     Corpus,
     DocumentStream,
@@ -52,8 +53,9 @@ def test_text_at_a_url_is_that_on_a_disk(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(remote_files, "BLOCK_BYTES", 100)
     on_disk = corpus_of(tmp_path / "shards", kind, 20)
     (tmp_path / "shards/notes.unknown").write_text("no text")
-    at_url = load_corpus([f"file://{tmp_path}/shards/"])
-    assert list(at_url) == list(on_disk)
+    url = f"file://{tmp_path}/shards/"
+    at_url = load_corpus([url, f"{url}*.{kind}"])
+    assert list(at_url) == list(on_disk), "each file once"
     for member, own in zip(at_url.members, on_disk.members, strict=True):
         assert member.label == f"file://{own.label}"
         assert member.content_hash() == own.content_hash()
@@ -61,6 +63,17 @@ def test_text_at_a_url_is_that_on_a_disk(tmp_path, kind, monkeypatch):
         for _, mark in own.documents_after(START):
             rest = list(own.documents_after(mark))
             assert list(member.documents_after(mark)) == rest
+
+
+def test_text_at_a_url_that_is_cut_after_the_start_is_named(tmp_path):
+    corpus = load_corpus(
+        [f"file://{write(tmp_path / 'shards', 'jsonl', documents())[0]}"]
+    )
+    path = tmp_path / "shards/1.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0])
+    with pytest.raises(RunError, match=r"jsonl was changed after this run"):
+        list(corpus)
 
 
 @pytest.mark.parametrize("mask", [True, False])
