@@ -193,7 +193,7 @@ class StreamSource:
         """Continue from `state`, unless it is of other files. Reads nothing yet."""
         if len(state.get("shards", [])) != len(self.shards):
             return
-        self._states = state["shards"]
+        self._states = list(state["shards"])
         self._epoch = state["epoch"]
         self._turns = deque(state["turns"])
         self._has_text = True
@@ -236,7 +236,8 @@ class StreamSource:
                 None,
                 block_start=self.block_start,
             )
-            self._first_blocks = copy.take(index + 1)
+            # Each copy reads from the start: twice as much for the next indices
+            self._first_blocks = copy.take(max(index + 1, 2 * len(self._first_blocks)))
         return self._first_blocks[index]
 
     def _start_epoch(self, epoch: int) -> None:

@@ -158,7 +158,7 @@ def _caches(folder: Path, megabytes: float) -> list[list[str]]:
         workers *= 2
     builder = get_context("spawn").Process(target=_build, args=(folder, "killed", 1))
     builder.start()
-    while len(_parts(folder / "killed")) < FILES // 2:
+    while builder.is_alive() and len(_parts(folder / "killed")) < FILES // 2:
         time.sleep(0.01)
     builder.kill()
     builder.join()
