@@ -156,7 +156,7 @@ def test_worker_processes_end_with_a_caller_that_is_killed(tmp_path):
         "from mora_ds.data.workers import ordered_map\n"
         "def work(item): return os.getpid()\n"
         "if __name__ == '__main__':\n"
-        "    results = ordered_map(work, itertools.count(), 2)\n"
+        "    results = ordered_map(work, itertools.count(), 2, str)\n"
         "    print(next(results), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
