@@ -225,8 +225,8 @@ def matches(pattern: str) -> dict[str, tuple[int, str]]:
 
 def version_of(facts: dict[str, Any]) -> str:
     """Size and version of an object, from what its library says of it."""
-    names = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified")
-    return " ".join(str(facts[name]) for name in names if name in facts)
+    names = "size ETag etag mtime LastModified last_modified Last-Modified blob_id"
+    return " ".join(str(facts[name]) for name in names.split() if name in facts)
 
 
 RENEWED_S = 5.0

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mora_ds.common.errors import RunError
+from mora_ds.common.object_store import version_of
 from mora_ds.data import (
     Corpus,
     DocumentStream,
@@ -74,6 +75,13 @@ def test_text_at_a_url_that_is_cut_after_the_start_is_named(tmp_path):
     path.write_bytes(lines[0])
     with pytest.raises(RunError, match=r"jsonl was changed after this run"):
         list(corpus)
+
+
+@pytest.mark.parametrize("name", ["ETag", "Last-Modified", "blob_id"])
+def test_another_text_of_the_same_size_is_another_version(name):
+    """As S3, web servers and the hub tell it."""
+    one, another = ({"size": 3, name: version} for version in "ab")
+    assert version_of(one) != version_of(another)
 
 
 @pytest.mark.parametrize("mask", [True, False])
