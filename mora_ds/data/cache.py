@@ -371,8 +371,7 @@ def _build(
     finally:
         # It still exists after a failure, or if another builder was faster.
         shutil.rmtree(temporary, ignore_errors=True)
-    documents: int = meta["documents"]
-    return documents
+    return int(meta["documents"])
 
 
 def _write(

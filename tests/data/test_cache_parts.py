@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 
 from mora_ds.common.errors import RunError
-from mora_ds.data import PackedDataset, build_cache, cache, load_corpus, load_tokenizer
+from mora_ds.data import (
+    Corpus,
+    PackedDataset,
+    build_cache,
+    cache,
+    load_corpus,
+    load_tokenizer,
+)
+from mora_ds.data.remote_files import RemoteFile, RemoteMember
 from mora_ds.data.workers import ordered_map
 from tests.helpers.errors import user_error
 from tests.helpers.texts import json_lines
@@ -126,18 +134,11 @@ def test_a_build_that_fails_continues_where_it_was(build, by_file, built, files)
     assert built[: len(built) - FILES] == ["4.jsonl", "5.jsonl"]
 
 
-class Member:
-    def __init__(self, size):
-        self.size = size
-
-    def size_bytes(self):
-        return self.size
-
-
-def parts_of(sizes_and_hashes):
-    corpus = type("", (), {"members": [Member(size) for size, _ in sizes_and_hashes]})
-    hashes = [content_hash for _, content_hash in sizes_and_hashes]
-    return [tuple(hashes[part]) for part in cache._parts(corpus, hashes)]
+def parts_of(files):
+    """Of (size, hash) of each file."""
+    sizes, hashes = zip(*files, strict=True)
+    members = (RemoteMember(RemoteFile("", size, ""), "text") for size in sizes)
+    return [hashes[part] for part in cache._parts(Corpus(tuple(members)), hashes)]
 
 
 def test_small_files_share_parts_that_one_more_file_does_not_shift():
