@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mora_ds.common.errors import UserError
-from mora_ds.common.fetched import BEST as BEST
 from mora_ds.common.fetched import CHECKPOINTS as CHECKPOINTS
 from mora_ds.common.fetched import LATEST as LATEST
 from mora_ds.common.files import (
@@ -30,6 +29,7 @@ from mora_ds.remora.ledger import LEDGER_FILE, Ledger
 RUN_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+BEST = "best"
 MERGED_FOLDER = "merged"
 BASE_FOLDER = "base"
 

@@ -10,6 +10,8 @@ fetched again, into another one. Nothing is ever deleted: it is a cache.
 
 import fcntl
 import os
+import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -17,17 +19,14 @@ from functools import cache
 from pathlib import Path
 
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import atomic_folder, json_digest
-from mora_ds.common.object_store import ObjectStore
-from mora_ds.common.untrusted import expanded, is_url, read_text
+from mora_ds.common.files import atomic_folder, disk_errors, json_digest
+from mora_ds.common.object_store import ObjectStore, StoreError
+from mora_ds.common.untrusted import expanded, is_url
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
-BEST = "best"
-"""Links: on a disk to a folder next to it, elsewhere an object with that folder's
+"""A link: on a disk to a folder next to it, elsewhere an object with that folder's
 name."""
-
-_LINK_BYTES = 20
 
 ALL = ("*",)
 
@@ -80,9 +79,7 @@ def _fetched(
     url: str, flag: str, names: tuple[str, ...], all_checkpoints: bool
 ) -> Path:
     """Once a process: all that it reads is of one version."""
-    store = ObjectStore(url, flag)
-    if not all_checkpoints:
-        store = _followed(store, flag)
+    store = _followed(ObjectStore(url, flag), flag, all_checkpoints)
     versions = {
         name: version
         for name, version in store.versions("").items()
@@ -91,58 +88,62 @@ def _fetched(
     if not versions:
         raise UserError(f"{flag} {url}: there is no such folder".lstrip())
     key = json_digest([store.url, versions])[:32]
-    parent = _folders.get(_CACHE, users_cache()) / "fetched" / key
+    parent = (_folders.get(_CACHE, users_cache()) / "fetched" / key).resolve()
     folder = parent / store.url.rpartition("/")[2]
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = folder.resolve()
-    with _locked(parent):
-        if not folder.exists():
-            with atomic_folder(folder) as partial:
-                store.fetch(list(versions), partial)
-                _make_links(partial)
+    if not folder.exists():
+        with disk_errors(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            _fetch(store, versions, folder)
     _urls[str(folder)] = store.url
     return folder
 
 
-def _followed(store: ObjectStore, flag: str) -> ObjectStore:
-    """What a URL means: itself, the checkpoint that it links to, or a run's latest."""
+def _fetch(store: ObjectStore, versions: dict[str, str], folder: Path) -> None:
+    # A lock may be of this node alone: another one fetches into a folder of its own
+    own = folder.with_name(f".{platform.node()}")
+    with _locked(folder.with_name(".lock")):
+        if folder.exists():
+            return
+        with atomic_folder(own) as partial:
+            store.fetch(list(versions), partial)
+            if checkpoint := _linked(store, LATEST):
+                (partial / LATEST).unlink(missing_ok=True)
+                (partial / LATEST).symlink_to(checkpoint)
+            if not versions.items() <= store.versions("").items():
+                raise StoreError(
+                    f"{store.url} has changed while it was fetched: try again"
+                )
+        with suppress(OSError):
+            own.rename(folder)
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _followed(store: ObjectStore, flag: str, all_checkpoints: bool) -> ObjectStore:
+    """What a URL means: itself, the checkpoint that it links to, or a run's latest, or
+    all of the run."""
     for link in ("", LATEST, f"{CHECKPOINTS}/{LATEST}"):
         if folder := _linked(store, link):
             parent = f"{store.url}/{link}".rstrip("/").rpartition("/")[0]
-            return ObjectStore(f"{parent}/{folder}", flag)
+            is_all = all_checkpoints and link
+            return ObjectStore(parent if is_all else f"{parent}/{folder}", flag)
     return store
 
 
 def _linked(store: ObjectStore, link: str) -> str | None:
     """The folder that an object names, if it is a link."""
-    size = store.size(link)
-    if size is None or size > _LINK_BYTES:
+    if store.size(link) is None:
         return None
     name = store.read(link).decode(errors="replace")
-    return name if _is_checkpoint(name) else None
-
-
-def _make_links(folder: Path) -> None:
-    for link in [*folder.rglob(LATEST), *folder.rglob(BEST)]:
-        if link.is_file() and link.stat().st_size <= _LINK_BYTES:
-            target = read_text(link)
-            if _is_checkpoint(target):
-                link.unlink()
-                link.symlink_to(target)
-
-
-def _is_checkpoint(name: str) -> bool:
-    return name.startswith("step-") and "/" not in name
+    return name if name.startswith("step-") and "/" not in name else None
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """A context that one process of the node has at a time."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _locked(file: Path) -> Iterator[None]:
+    """A context that one process has at a time."""
+    # NFS locks files that are open for writing, and no folders
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        # Not where the file system has no locks: the same is fetched twice then
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -65,9 +65,11 @@ _WRITE_REFUSED = (
     errno.EIO,
     errno.ESTALE,
     errno.EFBIG,
+    errno.ENOLCK,
+    errno.ENOSYS,
 )
-"""Errors of a file system that became read-only or lost its server, and of
-`ulimit -f`."""
+"""Errors of a file system that became read-only or lost its server, of `ulimit -f`, and
+of one without locks."""
 
 _IN_MESSAGE = re.compile(r"\(os error (\d+)\)")
 """The errno in error messages of tokenizers and safetensors."""

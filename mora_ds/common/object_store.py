@@ -24,6 +24,7 @@ from uuid import uuid4
 import fsspec
 
 from mora_ds.common.errors import RunError, UserError, reason
+from mora_ds.common.files import DISK_FULL
 from mora_ds.common.untrusted import check_url, relative_path
 
 logger = logging.getLogger(__name__)
@@ -119,11 +120,11 @@ class ObjectStore:
         try:
             if names:
                 self._call("get", [self._path(name) for name in names], targets)
-        except StoreError:
+        except StoreError as error:
             # A part of a file would pass for the file
             for target in targets:
                 Path(target).unlink(missing_ok=True)
-            raise
+            raise StoreError(f"{error} (fetched into {folder})") from error
 
     def size(self, name: str) -> int | None:
         """Bytes of an object; None where there is none."""
@@ -202,7 +203,8 @@ class ObjectStore:
                 ) from error
             # Each library has errors of its own
             except Exception as error:
-                if pause_s is None or isinstance(error, PermissionError):
+                is_full = getattr(error, "errno", None) in DISK_FULL
+                if pause_s is None or is_full or isinstance(error, PermissionError):
                     raise StoreError(
                         f"{self.url}: {method} failed: {_SECRET.sub('...', reason(error))}"
                     ) from error
@@ -212,6 +214,9 @@ class ObjectStore:
 def matches(pattern: str) -> dict[str, tuple[int, str]]:
     """{URL: (bytes, version)} of the objects that a URL names: one, those that fit *, ?
     and [, or all in a folder."""
+    if pattern.startswith("http"):
+        # There ? begins a signature
+        check_url(pattern, "")
     parts = pattern.rstrip("/").split("/")
     plain = list(takewhile(lambda part: not has_magic(part), parts[:-1]))
     store = ObjectStore("/".join(plain), "")

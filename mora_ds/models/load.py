@@ -30,7 +30,7 @@ from mora_ds.common.fetched import local
 from mora_ds.common.files import config_names
 from mora_ds.common.rope import FLAG as ROPE
 from mora_ds.common.tensor_files import COMPUTE_DTYPES, dtype_name
-from mora_ds.common.untrusted import MAX_BYTES, parse_json, read_text
+from mora_ds.common.untrusted import MAX_BYTES, is_url, parse_json, read_text
 from mora_ds.models.base import (
     MODEL_FLAG,
     BaseCheckpoint,
@@ -67,6 +67,9 @@ def resolve_folder(name: str, ranks: Ranks) -> Path:
     """
     folder = ranks.agree("folder of the model", lambda: local_folder(name), long=True)
     kind = "no folder, so a name on the Hub" if folder is None else "a folder"
+    if folder is not None and is_url(name):
+        # Which version of it: it may have changed between two nodes
+        kind = f"version {folder.parent.name}"
     ranks.same("the model", {f"{MODEL_FLAG} is": kind})
     if folder is not None:
         return folder

@@ -2,9 +2,12 @@
 changed.
 """
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from mora_ds.common import fetched
 from mora_ds.common.errors import UserError
@@ -44,9 +47,13 @@ def test_a_url_means_what_the_same_path_means(url, place, content):
 
 
 def test_all_checkpoints_of_a_run_come_with_links(url):
-    folder = local(url, all_checkpoints=True)
-    assert (folder / "checkpoints/latest").readlink() == Path("step-000001")
-    assert (folder / "checkpoints/step-000002/file").read_text() == "step 2"
+    for place in ("", "/checkpoints"):
+        folder = local(url + place, all_checkpoints=True)
+        assert folder.name == "checkpoints"
+        assert (folder / "latest").readlink() == Path("step-000001")
+        assert (folder / "step-000002/file").read_text() == "step 2"
+    one = local(f"{url}/checkpoints/latest", all_checkpoints=True)
+    assert one.name == "step-000001"
 
 
 def test_what_has_changed_is_fetched_anew_and_nothing_else(url, tmp_path, monkeypatch):
@@ -79,6 +86,50 @@ def test_a_half_fetched_folder_is_never_used(url, tmp_path, monkeypatch):
             local(url)
     assert not list((tmp_path / "cache").rglob("file"))
     assert (local(url) / "file").read_text() == "step 1"
+
+
+def test_what_changes_meanwhile_is_no_version(url, tmp_path, monkeypatch):
+    fetch = ObjectStore.fetch
+
+    def slow(store, names, folder):
+        fetch(store, names, folder)
+        (tmp_path / "run/checkpoints/step-000001/file").write_text("another")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ObjectStore, "fetch", slow)
+        with pytest.raises(StoreError, match="has changed while it was fetched"):
+            local(url)
+    assert (local(url) / "file").read_text() == "another"
+
+
+def test_two_nodes_without_common_locks_leave_one_folder(url, monkeypatch):
+    monkeypatch.setattr(fetched.fcntl, "flock", lambda *_: None)
+    nodes = ["second", "first"]
+    monkeypatch.setattr(fetched.platform, "node", lambda: nodes.pop())
+    fetch = ObjectStore.fetch
+
+    def slow(store, names, folder):
+        fetch(store, names, folder)
+        if nodes:
+            assert (local(url) / "file").read_text() == "step 1"
+
+    monkeypatch.setattr(ObjectStore, "fetch", slow)
+    folder = local(url)
+    assert (folder / "file").read_text() == "step 1"
+    assert {path.name for path in folder.parent.iterdir()} == {".lock", folder.name}
+
+
+def test_a_full_disk_is_named_at_once(url, tmp_path, monkeypatch):
+    calls = []
+
+    def full(_, names, targets):
+        calls.append(targets)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(LocalFileSystem, "get", full)
+    with pytest.raises(StoreError, match=f"No space left .*{tmp_path}/cache"):
+        local(url)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
