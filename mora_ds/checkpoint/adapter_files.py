@@ -341,7 +341,13 @@ class BaseReference:
 
     def absolute(self, checkpoint: Path) -> BaseReference:
         """The same reference for a copy of base.json in another folder."""
-        return replace(self, folder=str((checkpoint / self.folder).resolve()))
+        return replace(self, folder=str(self.place(checkpoint)))
+
+    def place(self, checkpoint: Path) -> Path | str:
+        """The path or URL of the base of a checkpoint."""
+        if is_url(self.folder):
+            return self.folder
+        return (checkpoint.resolve() / self.folder).resolve()
 
     def open_base(
         self, checkpoint: Path, override: Path | None = None, flag: str = MODEL_FLAG
@@ -350,11 +356,7 @@ class BaseReference:
 
         Raises `UserError` naming `flag` when it is missing or another one.
         """
-        place: Path | str | None = override
-        if place is None:
-            is_here = not is_url(self.folder)
-            place = checkpoint.resolve() / self.folder if is_here else self.folder
-        base = BaseCheckpoint.open(place, flag)
+        base = BaseCheckpoint.open(override or self.place(checkpoint), flag)
         self.require_base(base, checkpoint, flag)
         return base
 

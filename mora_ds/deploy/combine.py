@@ -36,6 +36,7 @@ from mora_ds.checkpoint.layout import (
     find_adapter,
 )
 from mora_ds.common.errors import Bounds, RunError, UserError
+from mora_ds.common.fetched import with_urls
 from mora_ds.common.files import (
     as_path,
     atomic_folder,
@@ -109,7 +110,7 @@ def combine_adapters(
         _check_pair(adapter, last)
     reference = last.reference.absolute(last.folder)
     if base_folder is not None:
-        reference = replace(reference, folder=str(Path(base_folder).resolve()))
+        reference = replace(reference, folder=with_urls(Path(base_folder).resolve()))
     base = None
     if last.file.trainables:
         base = reference.open_base(last.folder, flag="`base_folder`")

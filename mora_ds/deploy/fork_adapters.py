@@ -24,6 +24,7 @@ from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.checkpoint.layout import LEDGER_FOLDER
 from mora_ds.common.errors import UserError, unknown
+from mora_ds.common.fetched import with_urls
 from mora_ds.common.files import (
     JsonObject,
     as_path,
@@ -120,7 +121,9 @@ def convert_fork(
     with atomic_folder(output.absolute()) as partial:
         Ledger.create(partial / LEDGER_FOLDER, base.fingerprint())
         write_adapter(partial, adapter, mora_matrices, {})
-        BaseReference(str(base.folder), base.fingerprint(), keys, dtype).write(partial)
+        BaseReference(with_urls(base.folder), base.fingerprint(), keys, dtype).write(
+            partial
+        )
         write_manifest(partial)
     contents = f"{len(layers)} layers, {kind.value}/{grouping.value}"
     return [f"wrote {output}: {contents}, of the base {base.folder}"]

@@ -35,6 +35,7 @@ from mora_ds.checkpoint.adapter_files import (
 )
 from mora_ds.checkpoint.layout import adapter_folder, refuse_full_training, tokenizer_of
 from mora_ds.common.errors import UserError
+from mora_ds.common.fetched import local
 from mora_ds.common.files import named_path
 from mora_ds.common.tensor_files import compute_dtype
 from mora_ds.data import (
@@ -208,7 +209,7 @@ def _adapted(
     adapter = read_adapter(checkpoint)
     domain = chosen_domain(adapter.domains, domain, "--domain")
     reference = BaseReference.read(checkpoint)
-    folder = base if base is not None else checkpoint / reference.folder
+    folder = base if base is not None else local(reference.place(checkpoint))
     tokenizer_folder = tokenizer_of(checkpoint) or folder
     flag = "--base" if tokenizer_folder == base else "MODEL"
     tokenizer = load_tokenizer(

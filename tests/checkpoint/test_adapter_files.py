@@ -173,6 +173,11 @@ def test_base_reference_finds_its_base_and_refuses_another(tmp_path):
         reference.open_base(checkpoint, tmp_path / "base-1", "--base")
 
 
+def test_a_base_at_a_url_is_no_path(tmp_path):
+    reference = BaseReference("s3://bucket/model", "f", {}, "float32")
+    assert reference.absolute(tmp_path) == reference
+
+
 def test_an_entry_has_the_weight_of_its_module():
     with user_error(r"a\.q: its weight cannot be 'b\.q\.weight'"):
         LayerEntry.from_dict("a.q", {**entry("a.q").to_dict(), "weight": "b.q.weight"})
