@@ -294,9 +294,9 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-_CREDENTIALS = re.compile(r"://[^/]*:(?!\d+(/|$))|\?.*=")
-"""KEY:SECRET@ before a bucket, but no port, and no container@account of Azure; and the
-query of a presigned URL."""
+_CREDENTIALS = re.compile(r"://[^/]*:(?!\d+(/|$))|^https?://[^/]*@|\?.*=")
+"""KEY:SECRET@ before a bucket, but no port, and no container@account of Azure; TOKEN@ of
+a web server; and the query of a presigned URL."""
 
 
 def check_url(url: str, flag: str) -> None:

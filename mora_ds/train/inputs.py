@@ -101,8 +101,10 @@ def _settings(arguments: Arguments) -> Inputs:
 def _texts(data: DataArguments) -> Inputs:
     """(flag, pattern) of all text."""
     for source in mixture_config(data).sources:
-        for pattern in (*source.files, source.dataset):
+        for pattern in source.files:
             yield source.flag, pattern
+        if source.dataset:
+            yield source.flag, str(expanded(source.dataset, source.flag))
     for _, pattern in data.named_eval_files():
         yield "--eval_files", pattern
 

@@ -192,6 +192,8 @@ stray | 'stray'
 --resume_from_checkpoint nowhere://bucket/run | --resume_from_checkpoint nowhere://bucket/run: | nowhere
 --train_files file:///nowhere/*.txt | --train_files: no file matches 'file:///nowhere/*.txt'
 --train_files s3://key:secret@bucket/x.txt | --train_files: | leave credentials out of the URL
+--train_files https://host/x?X-Signature=secret | --train_files: | leave credentials out of the URL
+-train_files --dataset_name s3://bucket/corpus | --dataset_name s3://bucket/corpus: URLs are not supported
 --model_name_or_path file:///nowhere/model | --model_name_or_path file:///nowhere/model: there is no such folder
 --cache_dir ~nobody5/x | --cache_dir ~nobody5/x: the home folder of
 --deepspeed ~nobody5/x | --deepspeed ~nobody5/x: the home folder of
