@@ -226,25 +226,24 @@ def _check_owned(folder: Path) -> None:
     """Raise `UserError` for a folder with any of the names and no run that has made
     them."""
     present = _present(folder, (*NAMES, ASIDE, DELETING))
+    way_on = (
+        f"--output_dir NEW --resume_from_checkpoint {folder / CHECKPOINTS / LATEST}"
+    )
     for name in (*present, f"{LEDGER_FOLDER}/{SUMS_FOLDER}"):
         # What is written, moved or deleted through a link is not the run's
         if (folder / name).is_symlink():
             raise UserError(
                 f"--output_dir {folder}: {name} is a link, and a run writes through none: put what it names in its "
-                "place, or choose another folder"
+                f"place, or go on in another folder, on any disk: {way_on}"
             )
     has_run = holds_run(folder) or holds_run(folder / ASIDE) or _starting(folder)
     if present and not has_run:
-        way_on = ""
+        lost = ""
         if CHECKPOINTS in present:
-            newest = folder / CHECKPOINTS / LATEST
-            way_on = (
-                "; if a run's run.yaml was lost, its checkpoints go on in another folder: --output_dir NEW "
-                f"--resume_from_checkpoint {newest}"
-            )
+            lost = f"; if a run's run.yaml was lost, its checkpoints go on in another folder: {way_on}"
         raise UserError(
             f"--output_dir {folder} holds {', '.join(present)}, and no run that has made it (no run.yaml that a "
-            f"run has written). A run would replace it: choose another folder, or move it away{way_on}"
+            f"run has written). A run would replace it: choose another folder, or move it away{lost}"
         )
 
 
