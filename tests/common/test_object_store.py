@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,13 +84,21 @@ def test_a_part_of_a_file_does_not_stay(store, monkeypatch, tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
+    """Nobody waits for time to pass, but for what others do meanwhile."""
     monkeypatch.setattr(object_store, "RENEWED_S", 0.05)
-    monkeypatch.setattr(object_store, "EXPIRES_S", 1.0)
+
+    def pass_time(meanwhile):
+        clock = SimpleNamespace(time=time.time, sleep=lambda _: meanwhile())
+        monkeypatch.setattr(object_store, "time", clock)
+
+    return pass_time
 
 
-def test_a_lease_is_one_holders_until_it_is_released(store, quick):
+def test_a_lease_is_one_holders_until_it_is_released(store, quick, monkeypatch):
+    monkeypatch.setattr(object_store, "RENEWED_S", 3600)
     first = Lease(store, ".lock")
     first.take()
+    quick(lambda: store.write(".lock", first._content()))
     with pytest.raises(UserError, match=r"another run writes there \(process"):
         Lease(store, ".lock").take()
     first.check()
@@ -97,6 +106,17 @@ def test_a_lease_is_one_holders_until_it_is_released(store, quick):
     second = Lease(store, ".lock")
     second.take()
     second.release()
+
+
+def test_a_holder_renews_its_lease(store, quick):
+    lease = Lease(store, ".lock")
+    lease.take()
+    content = store.read(".lock")
+    deadline = time.monotonic() + 60
+    while store.read(".lock") in (content, b""):
+        assert time.monotonic() < deadline
+    lease.release()
+    assert store.read(".lock") == b""
 
 
 def out_of_touch(*_):
@@ -108,11 +128,12 @@ def test_a_lease_that_is_not_renewed_is_taken_and_its_holder_stops(
 ):
     first = Lease(store, ".lock")
     second = Lease(store, ".lock")
+    quick(lambda: None)
     with monkeypatch.context() as patched:
         patched.setattr(ObjectStore, "write", out_of_touch)
         first.take()
         second.take()
-    time.sleep(1)
+        first._thread.join(60)
     with pytest.raises(RunError, match="another one writes there now"):
         first.check()
     first.release()
