@@ -79,7 +79,7 @@ def _fetched(
     url: str, flag: str, names: tuple[str, ...], all_checkpoints: bool
 ) -> Path:
     """Once a process: all that it reads is of one version."""
-    store = _followed(ObjectStore(url, flag), flag, all_checkpoints)
+    store = _followed(ObjectStore(url, flag), all_checkpoints)
     versions = {
         name: version
         for name, version in store.versions("").items()
@@ -118,14 +118,14 @@ def _fetch(store: ObjectStore, versions: dict[str, str], folder: Path) -> None:
         shutil.rmtree(own, ignore_errors=True)
 
 
-def _followed(store: ObjectStore, flag: str, all_checkpoints: bool) -> ObjectStore:
+def _followed(store: ObjectStore, all_checkpoints: bool) -> ObjectStore:
     """What a URL means: itself, the checkpoint that it links to, or a run's latest, or
     all of the run."""
     for link in ("", LATEST, f"{CHECKPOINTS}/{LATEST}"):
         if folder := _linked(store, link):
             parent = f"{store.url}/{link}".rstrip("/").rpartition("/")[0]
             is_all = all_checkpoints and link
-            return ObjectStore(parent if is_all else f"{parent}/{folder}", flag)
+            return ObjectStore(parent if is_all else f"{parent}/{folder}")
     return store
 
 

@@ -135,19 +135,20 @@ def file_kind(path: Path) -> str:
     kind = _KINDS.get(suffix, TEXT)
     if suffix in _UNREADABLE or (is_compressed(path) and kind not in (TEXT, JSON)):
         raise UserError(
-            f"{path}: {''.join(path.suffixes[-2:])} files are not supported; give text, JSON lines (both also as .gz "
-            "or .zst) or Parquet, or a dataset saved by `datasets` with --dataset_name"
+            f"{path}: {''.join(Path(path.name).suffixes[-2:])} files are not supported; give text, JSON lines (both "
+            "also as .gz or .zst) or Parquet, or a dataset saved by `datasets` with --dataset_name"
         )
     return kind
 
 
 def is_compressed(path: Path) -> bool:
     """Whether the file is compressed, so that it can only be read from its start."""
-    return path.suffix.lower() in _COMPRESSED
+    return Path(path.name).suffix.lower() in _COMPRESSED
 
 
 def _inner_suffix(path: Path) -> str:
-    return Path(path.stem if is_compressed(path) else path.name).suffix.lower()
+    name = Path(path.name)
+    return Path(name.stem if is_compressed(path) else name).suffix.lower()
 
 
 def read_file(path: Path, text_column: str, mark: Mark) -> MarkedDocuments:
@@ -221,7 +222,7 @@ def _no_column(source: str, text_column: str, names: Iterable[str]) -> UserError
 
 
 def _open(path: Path) -> IO[bytes]:
-    compression = _COMPRESSED.get(path.suffix.lower())
+    compression = _COMPRESSED.get(Path(path.name).suffix.lower())
     # Some stores pad files with zeros at the end. Only Python's reader accepts that.
     if compression == "gzip":
         return io.BufferedReader(gzip.open(_source(path)))

@@ -8,7 +8,6 @@ import hashlib
 import io
 from dataclasses import dataclass
 from glob import has_magic
-from pathlib import PurePosixPath
 from typing import Any
 
 from mora_ds.common.errors import UserError
@@ -37,19 +36,7 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        return PurePosixPath(self.url).name
-
-    @property
-    def stem(self) -> str:
-        return PurePosixPath(self.url).stem
-
-    @property
-    def suffix(self) -> str:
-        return PurePosixPath(self.url).suffix
-
-    @property
-    def suffixes(self) -> list[str]:
-        return PurePosixPath(self.url).suffixes
+        return self.url.rpartition("/")[2]
 
     def open(self) -> io.BufferedReader:
         """Its bytes. Reading raises `StoreError`, in spite of retries."""
