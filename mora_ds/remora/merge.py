@@ -277,18 +277,18 @@ class ReMoRA:
     ) -> None:
         """Rank 0 appends the cycle to the ledger, and tells the others its hash and
         size."""
-        told = torch.zeros(HASH_BYTES + SIZE_BYTES, dtype=torch.uint8)
+        packed = torch.zeros(HASH_BYTES + SIZE_BYTES, dtype=torch.uint8)
         if dist.get_rank() == 0:
             self.ledger.append(step, entries, mora_matrices.items())
             record = self.ledger.records[-1]
             size = record.size.to_bytes(SIZE_BYTES)
-            told = torch.frombuffer(
+            packed = torch.frombuffer(
                 bytearray.fromhex(record.sha256) + size, dtype=torch.uint8
             )
-        told = told.to(self.engine.device)
-        dist.broadcast(told, src=0)
+        packed = packed.to(self.engine.device)
+        dist.broadcast(packed, src=0)
         if dist.get_rank() != 0:
-            content = bytes(told.tolist())
+            content = bytes(packed.tolist())
             sha256 = content[:HASH_BYTES].hex()
             self.ledger.follow(step, sha256, int.from_bytes(content[HASH_BYTES:]))
 
