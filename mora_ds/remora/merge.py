@@ -286,9 +286,11 @@ class ReMoRA:
                 bytearray.fromhex(record.sha256) + size, dtype=torch.uint8
             )
         packed = packed.to(self.engine.device)
-        dist.broadcast(packed, src=0)
+        # The others add zeros. Rank 0, which goes on to delete earlier sums, must not pass
+        # ranks that still read them, as it could in a broadcast.
+        dist.all_reduce(packed)
+        content = bytes(packed.tolist())
         if dist.get_rank() != 0:
-            content = bytes(packed.tolist())
             sha256 = content[:HASH_BYTES].hex()
             self.ledger.follow(step, sha256, int.from_bytes(content[HASH_BYTES:]))
 

@@ -4,6 +4,7 @@ a replay, whatever becomes of the files.
 
 import os
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
@@ -19,6 +21,7 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora import sums
 from mora_ds.remora.ledger import Ledger
+from mora_ds.remora.merge import ReMoRA
 from mora_ds.train.run import Run
 from tests.helpers.crafted import change_header
 from tests.helpers.damage import cut, flip
@@ -30,6 +33,7 @@ from tests.helpers.engines import (
 )
 from tests.helpers.gloo import run_alone, run_ranks
 from tests.helpers.models import micro_step, tiny_model, tokens
+from tests.helpers.pool import run_pooled
 
 CONFIG = MoRAConfig(rank=4, operator="share", grouping="permuted")
 MERGES = 5
@@ -195,6 +199,30 @@ def test_processes_of_a_node_keep_the_sums_of_the_layers_that_they_form(tmp_path
     names = sorted(path.name for path in (tmp_path / "out/ledger/sums").iterdir())
     head = Ledger.open(tmp_path / "out/ledger").head
     assert names == [f"{head}-rank-0000{rank}.safetensors" for rank in range(2)]
+
+
+def record_with_a_late_rank(folder):
+    """Whether the last rank had come, once this one has recorded a merge."""
+    come = folder / "come"
+    ledger = SimpleNamespace(
+        folder=folder,
+        append=lambda *_: None,
+        records=[SimpleNamespace(sha256="0" * 64, size=0)],
+        follow=lambda *_: None,
+    )
+    engine = SimpleNamespace(device="cpu", module=torch.nn.Module())
+    remora = ReMoRA(engine, CONFIG, ledger, None, {})
+    dist.barrier()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        time.sleep(0.5)
+        come.touch()
+    remora._record(1, {}, {})
+    return come.exists()
+
+
+def test_rank_0_deletes_no_sum_that_another_rank_still_reads(tmp_path):
+    """On another node it would lose a file that it has mapped."""
+    assert run_pooled(4, record_with_a_late_rank, tmp_path) == [True] * 4
 
 
 def test_bases_of_8_bits_are_quantized_from_the_sum(tmp_path):
