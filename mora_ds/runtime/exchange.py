@@ -25,8 +25,8 @@ from mora_ds.common.errors import RunError
 from mora_ds.common.untrusted import parse_json, shown
 
 MAX_BYTES = 256 * 2**20
-"""The most that rank 0 takes at once, besides `BYTES_OF_EACH` rank. The table of a
-checkpoint of thousands of ranks takes some MiB."""
+"""The most that a rank takes at once, besides `BYTES_OF_EACH` for every rank of the run.
+The table of a checkpoint of thousands of ranks takes some MiB."""
 BYTES_OF_EACH = 8 * 2**20
 """The tokens of a streamed batch (`data.readers.BATCH_CHARACTERS`) take 5.6 MiB at most."""
 _LAZY = "TORCH_GLOO_LAZY_INIT"
