@@ -72,10 +72,9 @@ class TrainingArguments:
     other trained parameters."""
     learning_rate: float | None = None
     """Peak learning rate of the adapter, or of everything with --adapter full. Default:
-    4e-4 under adamw, where four times the rank needs half of it (the paper, 7B:
-    4e-4 to 5e-4 at rank 8, 5e-5 to 7e-5 at rank 256); 0.01 under muon, where every
-    update of a matrix has about this spectral norm, whatever the gradient is (small
-    models from scratch want 0.03)."""
+    4e-4 under adamw, where four times the rank needs half of it; 0.01 under muon, where
+    every update of a matrix has about this spectral norm, whatever the gradient is
+    (small models from scratch want 0.03)."""
     embedding_learning_rate: float | None = None
     """Peak learning rate of the other trained parameters (modules_to_save): embeddings, new rows, norms, head. Default:
     --learning_rate under adamw, 4e-4 under muon, which leaves them to AdamW."""
