@@ -107,7 +107,7 @@ def _watched(options: argparse.Namespace) -> list[Period]:
     alone: list[float] = []
     step_alone = _step_alone()
     began = [time.process_time(), time.perf_counter()]
-    every = max(1, options.steps // PERIODS)
+    every = max(LOOK_EVERY, options.steps // PERIODS)
 
     def look(trainer: Trainer) -> None:
         if trainer.state.step % every:
@@ -179,7 +179,7 @@ def _step_alone() -> Callable[[], None]:
 
 
 def _compared(rank: int, periods: list[Period]) -> list[list[str]]:
-    tenth = len(periods) // 10
+    tenth = max(1, len(periods) // 10)
     rows = []
     for name in list(periods[0])[1:]:
         early = fmean(period[name] for period in periods[tenth : 2 * tenth])
