@@ -238,7 +238,7 @@ def test_a_resumed_run_on_another_number_of_ranks(user, tmp_path, sides, more):
     resume = "--resume_from_checkpoint auto"
     run(2, flags_of(user, sides, out, plain, halves, resume))
     # Where singular values of a gradient are close, rounding turns its sides further
-    assert_close_runs(out, reference, atol=1e-3 if sides == "gradient" else 1e-4)
+    assert_close_runs(out, reference, atol=0.02 if sides == "gradient" else 1e-4)
     again = tmp_path / "again"
     stop_and_resume(1, flags_of(user, sides, again, plain), 4, 7)
     assert_same_run(again, reference)

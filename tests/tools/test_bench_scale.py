@@ -13,6 +13,7 @@ from tools.bench.measuring import llama_config
 @pytest.mark.heavy
 def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "MODELS", {"tiny": (llama_config(64, 2, 512, 64), 4, 2)})
+    monkeypatch.setattr(scale, "STORED", "tiny")
     monkeypatch.setattr(scale, "CYCLES", (1, 2))
     monkeypatch.setattr(scale, "ADAPTED", (14,))
     out = tmp_path / "found.json"
