@@ -215,7 +215,7 @@ class CheckpointManager:
         elsewhere is counted and stays."""
         storage = self.storage
         known = [name for name in _committed(storage) if step_of(Path(name)) <= step]
-        complete = [name for name in known if _has_all_files(storage, name)]
+        complete = [name for name in known if has_all_files(storage, name)]
         for name in complete[:-keep]:
             if name != storage.linked(BEST):
                 storage.delete(name)
@@ -302,7 +302,7 @@ def _is_committed(storage: Storage, folder: str) -> bool:
     return storage.exists(f"{folder}/{MANIFEST}")
 
 
-def _has_all_files(storage: Storage, folder: str) -> bool:
+def has_all_files(storage: Storage, folder: str) -> bool:
     """Whether all files are there in their sizes: none is read but the manifest."""
     try:
         listed = _listed(storage, folder)
@@ -423,12 +423,12 @@ def _write(
     own: CheckpointFiles, tensors: Tensors, gathered: Sequence[Gathered]
 ) -> None:
     """A rank's files: one of tensors, and those of its sections."""
-    _write_rank_file(own, tensors)
+    write_rank_file(own, tensors)
     for part in gathered:
         part.write(own)
 
 
-def _write_rank_file(own: CheckpointFiles, tensors: Tensors) -> None:
+def write_rank_file(own: CheckpointFiles, tensors: Tensors) -> None:
     own.tensors(f"{ENGINE_TAG}/{rank_file(dist.get_rank())}", tensors, {})
 
 

@@ -63,7 +63,7 @@ def local(
     """
     if not is_url(place):
         return expanded(place, flag)
-    return _fetched(str(place), flag, names, all_checkpoints)
+    return fetched_once(str(place), flag, names, all_checkpoints)
 
 
 def with_urls(text: object) -> str:
@@ -75,7 +75,7 @@ def with_urls(text: object) -> str:
 
 
 @cache
-def _fetched(
+def fetched_once(
     url: str, flag: str, names: tuple[str, ...], all_checkpoints: bool
 ) -> Path:
     """Once a process: all that it reads is of one version."""

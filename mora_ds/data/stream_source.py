@@ -184,7 +184,7 @@ class StreamSource:
     def state(self) -> JsonObject:
         """The position as JSON, for a checkpoint."""
         return {
-            "epoch": self._epoch,
+            "epoch": self.epoch,
             "turns": list(self._turns),
             "shards": list(self._states),
         }
@@ -194,7 +194,7 @@ class StreamSource:
         if len(state.get("shards", [])) != len(self.shards):
             return
         self._states = list(state["shards"])
-        self._epoch = state["epoch"]
+        self.epoch = state["epoch"]
         self._turns = deque(state["turns"])
         self._has_text = True
         for shard, own_state in zip(self.shards, self._states, strict=True):
@@ -241,7 +241,7 @@ class StreamSource:
         return self._first_blocks[index]
 
     def _start_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+        self.epoch = epoch
         self._turns = deque(range(len(self.shards)))
         self._has_text = False
         for shard in self.shards:
@@ -254,7 +254,7 @@ class StreamSource:
             raise UserError(
                 f"source {name!r} has no text to train on: every document is empty"
             )
-        self._start_epoch(self._epoch + 1)
+        self._start_epoch(self.epoch + 1)
 
     def _read(self, wanted: dict[int, int], cuts: dict[int, deque[Cut]]) -> set[int]:
         """Append the next `wanted[k]` blocks of shard k to `cuts[k]`. Returns the shards

@@ -35,7 +35,7 @@ def slow_job(argv):
     """No shard is written before a step has been done since its save, the last one's apart:
     a save that waited for the disk would wait for ever. (shards that were written while_training
     training, summary)."""
-    write = checkpoints._write_rank_file
+    write = checkpoints.write_rank_file
     after_step = Trainer.after_step
     save = checkpoints.CheckpointManager.save
     stepped, while_training = threading.Event(), 0
@@ -57,7 +57,7 @@ def slow_job(argv):
         stepped.set()
         after_step(trainer)
 
-    checkpoints._write_rank_file = slowly
+    checkpoints.write_rank_file = slowly
     Trainer.after_step = step
     checkpoints.CheckpointManager.save = counted
     summary = job(argv)
@@ -80,7 +80,7 @@ def test_the_same_checkpoints_while_training_goes_on(user, full, out):
 
 def faulty_job(argv, fault):
     """The disk of rank 1 has a fault from the second checkpoint on."""
-    write = checkpoints._write_rank_file
+    write = checkpoints.write_rank_file
     written = []
 
     def write_or_fail(own, tensors):
@@ -89,7 +89,7 @@ def faulty_job(argv, fault):
             fault()
         write(own, tensors)
 
-    checkpoints._write_rank_file = write_or_fail
+    checkpoints.write_rank_file = write_or_fail
     kind, message = refused(argv)
     assert not any("step-000006" in folder for folder in written), (
         "the next save is the boundary"

@@ -20,7 +20,7 @@ def url(tmp_path, monkeypatch):
     """That of a run with two checkpoints."""
     monkeypatch.setattr(fetched, "_folders", {})
     fetch_into(tmp_path / "cache")
-    fetched._fetched.cache_clear()
+    fetched.fetched_once.cache_clear()
     for step in (1, 2):
         folder = tmp_path / f"run/checkpoints/step-00000{step}"
         folder.mkdir(parents=True)
@@ -66,11 +66,11 @@ def test_what_has_changed_is_fetched_anew_and_nothing_else(url, tmp_path, monkey
         fetch(store, names, folder)
 
     monkeypatch.setattr(ObjectStore, "fetch", counted)
-    fetched._fetched.cache_clear()
+    fetched.fetched_once.cache_clear()
     assert local(url) == first
     assert not gets
     (tmp_path / "run/checkpoints/step-000001/file").write_text("another")
-    fetched._fetched.cache_clear()
+    fetched.fetched_once.cache_clear()
     assert (local(url) / "file").read_text() == "another"
     assert (first / "file").read_text() == "step 1"
 

@@ -91,14 +91,14 @@ def test_turns_leave_out_shards_that_have_ended(files):
     ]
     assert min(map(len, alone)) == 0
     got = taken(streamed, 0, len(wanted))
-    assert streamed._epoch == 0
+    assert streamed.epoch == 0
     inputs = [
         block["input_ids"][: len(cut) - 1].tolist()
         for block, cut in zip(got, wanted, strict=True)
     ]
     assert inputs == [cut[:-1] for cut in wanted]
     streamed.take(1)
-    assert streamed._epoch == 1
+    assert streamed.epoch == 1
 
 
 def test_steps_of_any_size_and_resumes_at_any_sample_give_the_same(files):

@@ -215,7 +215,7 @@ UNUSUAL = {
     "half a tokenizer": half_a_tokenizer,
     "half a layer": lambda: half_a_layer(2),
     "half a shard": lambda: torn(
-        manager, "_write_rank_file", lambda own, tensors: path_of_shard(own)
+        manager, "write_rank_file", lambda own, tensors: path_of_shard(own)
     ),
     "half of the tokens": lambda: torn(
         mora_ds.data.cache, "_write", lambda *arguments: arguments[2] / "tokens.bin"

@@ -151,7 +151,7 @@ def test_a_save_that_fails_costs_that_save_alone(user, tmp_path, more):
 
 def forgetful_job(argv):
     """A run whose store does not answer once, when old checkpoints are to be deleted."""
-    has_all_files = manager._has_all_files
+    has_all_files = manager.has_all_files
     fails = [object_store.StoreError("no answer")]
 
     def failing(storage, name):
@@ -159,7 +159,7 @@ def forgetful_job(argv):
             raise fails.pop()
         return has_all_files(storage, name)
 
-    manager._has_all_files = failing
+    manager.has_all_files = failing
     return job(argv)["steps"], fails
 
 

@@ -35,7 +35,7 @@ def slow_job(argv, rank):
     if dist.get_rank() == rank:
         for name in SLOW:
             setattr(Trainer, name, delayed(getattr(Trainer, name)))
-        manager._write_rank_file = delayed(manager._write_rank_file)
+        manager.write_rank_file = delayed(manager.write_rank_file)
     return job(argv)
 
 

@@ -63,8 +63,7 @@ from mora_ds.checkpoint.shard_table import (
 )
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.storage import bind, storage_of
-from mora_ds.common.fetched import _fetched as fetched_once
-from mora_ds.common.fetched import fetch_into, local
+from mora_ds.common.fetched import fetch_into, fetched_once, local
 from mora_ds.common.files import (
     MANIFEST,
     facts_of,
