@@ -30,9 +30,8 @@ name."""
 
 ALL = ("*",)
 
-_folders: dict[str, Path] = {}
-"""The cache of this process, by the name `_CACHE`."""
-_CACHE = "cache"
+_cache: Path | None = None
+"""The folder of `fetch_into`."""
 _urls: dict[str, str] = {}
 """Fetched folder -> its URL."""
 
@@ -46,7 +45,8 @@ def users_cache() -> Path:
 def fetch_into(folder: Path) -> None:
     """From now on, in this process, fetch into this folder, not into the user's
     cache."""
-    _folders[_CACHE] = folder
+    global _cache
+    _cache = folder
 
 
 def local(
@@ -88,7 +88,7 @@ def fetched_once(
     if not versions:
         raise UserError(f"{flag} {url}: there is no such folder".lstrip())
     key = json_digest([store.url, versions])[:32]
-    parent = (_folders.get(_CACHE, users_cache()) / "fetched" / key).resolve()
+    parent = ((_cache or users_cache()) / "fetched" / key).resolve()
     folder = parent / store.url.rpartition("/")[2]
     if not folder.exists():
         with disk_errors(parent):

@@ -233,8 +233,8 @@ def _check_owned(folder: Path) -> None:
         # What is written, moved or deleted through a link is not the run's
         if (folder / name).is_symlink():
             raise UserError(
-                f"--output_dir {folder}: {name} is a link, and a run writes through none: put what it names in its "
-                f"place, or go on in another folder, on any disk: {way_on}"
+                f"--output_dir {folder}: {name} is a link, and a run does not write through links. Replace it by the "
+                f"folder or file that it names, or continue in another folder, on any disk: {way_on}"
             )
     has_run = holds_run(folder) or holds_run(folder / ASIDE) or _starting(folder)
     if present and not has_run:

@@ -18,7 +18,7 @@ from mora_ds.common.object_store import ObjectStore, StoreError
 @pytest.fixture
 def url(tmp_path, monkeypatch):
     """That of a run with two checkpoints."""
-    monkeypatch.setattr(fetched, "_folders", {})
+    monkeypatch.setattr(fetched, "_cache", None)
     fetch_into(tmp_path / "cache")
     fetched.fetched_once.cache_clear()
     for step in (1, 2):

@@ -48,8 +48,9 @@ def assert_close(results, wanted, rel):
             assert_close(results[key], value, rel)
         elif isinstance(value, float):
             small = 10 * rel if key.endswith(("_norm", "rounding_loss")) else rel
-            # A fraction of the update: if that differs by `rel`, so may a small fraction of it
-            absolute = 2 * rel if key == "rounding_loss" else 0.0
+            # In 8 bits a fraction of the update is lost, whose difference is one of the update
+            is_of_8_bits = key == "rounding_loss" and value > 0.01
+            absolute = 2 * rel if is_of_8_bits else 0.0
             assert results[key] == pytest.approx(value, rel=small, abs=absolute), key
         else:
             assert results[key] == value, key

@@ -48,7 +48,7 @@ def test_nothing_is_moved_deleted_or_written_through_a_linked_folder(tmp_path, n
     (out / name).symlink_to(other)
     with (
         untouched(other),
-        user_error(f"{name} is a link, and a run writes through none"),
+        user_error(f"{name} is a link, and a run does not write through links"),
     ):
         prepared(out, False, True)
 

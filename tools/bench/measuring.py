@@ -46,6 +46,13 @@ def count_trained(model: nn.Module) -> int:
     return sum(value.numel() for value in trained_parameters(model))
 
 
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Those of all threads of this process while `work` runs."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
 def adamw_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
     """A training step without DeepSpeed."""
     optimizer = torch.optim.AdamW(trained_parameters(model), lr=1e-4)

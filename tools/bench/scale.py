@@ -25,7 +25,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -81,7 +80,7 @@ from mora_ds.runtime import cli
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.remote_folder import RemoteFolder
 from mora_ds.train.run import Run, RunOptions
-from tools.bench.measuring import llama_config, zero3_config
+from tools.bench.measuring import cpu_seconds, llama_config, zero3_config
 from tools.bench.one_rank import OneRank, Spent
 from tools.bench.report import Report, bench_parser
 from tools.plans import ROOT
@@ -226,25 +225,19 @@ def _cycles(folder: Path, layers: int, rank: int, ranks: int) -> list[list[str]]
     rows = []
     seconds: list[float] = []
     for cycle in range(1, CYCLES[-1] + 1):
-        seconds.append(_cpu_s(partial(run.merge, cycle)))
+        seconds.append(cpu_seconds(partial(run.merge, cycle)))
         if cycle in CYCLES:
             ledger = run.remora.ledger
             found = (
                 median(seconds[-5:]),
-                median(_cpu_s(run.remora.rebuild) for _ in range(3)),
-                _cpu_s(partial(Ledger.open, ledger.folder)),
+                median(cpu_seconds(run.remora.rebuild) for _ in range(3)),
+                cpu_seconds(partial(Ledger.open, ledger.folder)),
             )
             resident = psutil.Process().memory_info().rss / 1e6
             times = (f"{second:.3f}" for second in found)
             names = map(str, (layers, ranks, cycle))
             rows.append([*names, *times, f"{resident:,.0f} MB"])
     return rows
-
-
-def _cpu_s(work: Callable[[], object]) -> float:
-    began = time.process_time()
-    work()
-    return time.process_time() - began
 
 
 # -- one rank --------------------------------------------------------------------------
@@ -256,9 +249,7 @@ def _one(
     torch.set_num_threads(1)
     config, lora_rank, saved_layers = MODELS[model]
     one = OneRank(rank, world, folder)
-    sides = _sides(config, lora_rank)
-    numels = [side**2 for side in sides] * config.num_hidden_layers
-    completed = _completed(load_ds_config(ROOT / "configs" / setting), numels, world)
+    sides, completed = _sizes_and_settings(model, setting, world)
     zero = completed["zero_optimization"]
     persists = zero["stage3_param_persistence_threshold"] >= max(sides) ** 2
     threshold = BOOKKEEPING_SIDE**2 if persists else 0
@@ -280,17 +271,26 @@ def _one(
     return spent_in
 
 
+def _sizes_and_settings(
+    model: str, setting: str, world: int
+) -> tuple[list[int], dict[str, Any]]:
+    """Sides of the MoRA matrices of a decoder layer, and DeepSpeed's settings for the
+    complete model."""
+    config, lora_rank, _ = MODELS[model]
+    sides = _sides(config, lora_rank)
+    numels = [side**2 for side in sides] * config.num_hidden_layers
+    ds_config = load_ds_config(ROOT / "configs" / setting)
+    return sides, _completed(ds_config, numels, world)
+
+
 def _in_store(
     folder: Path, base: Path, model: str, world: int, rank: int
 ) -> dict[str, Spent]:
     """What a rank asks of a store: of ZeRO-3, with the model of one decoder layer."""
     torch.set_num_threads(1)
-    config, lora_rank, saved_layers = MODELS[model]
+    config, _, saved_layers = MODELS[model]
     one = OneRank(rank, world, folder)
-    sides = _sides(config, lora_rank)
-    numels = [side**2 for side in sides] * config.num_hidden_layers
-    ds_config = load_ds_config(ROOT / "configs" / WITH_RANK_0)
-    completed = _completed(ds_config, numels, world)
+    sides, completed = _sizes_and_settings(model, WITH_RANK_0, world)
     engine = _engine(_MatrixModel(config, sides, saved_layers), completed)
     _step(one, engine, times=1)
     url = f"file://{folder}/store"

@@ -36,7 +36,7 @@ from mora_ds.runtime import cli
 from mora_ds.runtime.log_setup import set_up_logging
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.trainer import Trainer
-from tools.bench.measuring import adamw_step, llama_config
+from tools.bench.measuring import adamw_step, cpu_seconds, llama_config
 from tools.bench.report import Report, bench_parser
 
 MODEL = llama_config(64, 2, 512, 64)
@@ -135,9 +135,9 @@ def _watched(options: argparse.Namespace) -> list[Period]:
     merge = ReMoRA.merge
 
     def watched_step(trainer: Trainer) -> None:
-        steps.append(_spent(lambda: train_step(trainer)))
+        steps.append(cpu_seconds(lambda: train_step(trainer)))
         if len(steps) % LOOK_EVERY == 0:
-            alone.append(_spent(step_alone))
+            alone.append(cpu_seconds(step_alone))
         look(trainer)
 
     def watched_merge(*arguments: Any) -> Any:
@@ -163,13 +163,6 @@ def _held() -> Period:
         "file descriptors": len(os.listdir(process / "fd")),
         "threads": len(os.listdir(process / "task")),
     }
-
-
-def _spent(work: Callable[[], object]) -> float:
-    """CPU seconds of all threads of this process."""
-    started = time.process_time()
-    work()
-    return time.process_time() - started
 
 
 def _step_alone() -> Callable[[], None]:
