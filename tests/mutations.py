@@ -262,9 +262,9 @@ models/base.py BaseCheckpoint._lines | models/test_base.py
 + 0
 
 # micro-batches of different ranks are swapped
-train/loader.py BatchLoader.position | train/test_loader.py
-- index * any_replica.count + any_replica.index
-+ any_replica.index * self.training.gradient_accumulation_steps + index
+train/replica.py Replica.slices | train/test_replica.py
+- index * self.count + self.index
++ self.index * micro_batches + index
 
 # the tail of a stream is dropped
 data/stream_source.py Shard.cuts | data/test_stream.py

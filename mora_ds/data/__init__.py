@@ -6,9 +6,9 @@ held_out           splits documents into training and held-out ones
 sentencepiece, tokenizer, extend_tokenizer    train, load, check and extend tokenizers
 token_files, token_index    files of tokens as other tools write them, read in place
 content_index, cache  `Corpus` + tokenizer -> `TokenCache` of each file, memory-mapped; built once, by `workers`
-order              the shuffled order of an epoch, computed, never stored
+order              the shuffled order of an epoch, computed, never stored; the order of a mixture's sources
 packing, documents `TokenCache` + sequence length + seed -> `PackedDataset`: sequences, shuffled in each epoch
-mixture            sources, weights, phases -> `Mixture`: batches by step, with exact proportions
+mixture            sources, weights, phases -> `Mixture`: batches by step, with exact proportions, read ahead
 stream, stream_source    documents tokenized during training, by shards of files -> `StreamSource`: no cache
 demo_corpus        the text of the demo, from the Python standard library
 """

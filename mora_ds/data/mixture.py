@@ -1,5 +1,5 @@
 """Mixes one or several named sources into batches with exact proportions, as a pure
-function of step and batch size.
+function of step and batch size, and reads them ahead (`BatchLoader`).
 
     sample i  --SampleSchedule-->  (source, number n among its samples)  --order of the source-->  block
 
@@ -9,25 +9,22 @@ reorder the others.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from heapq import heapify, heappop, heappush
-from itertools import islice
 
 import numpy as np
+import torch
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
 from mora_ds.data.documents import Batch
-from mora_ds.data.packing import Block, PackedDataset, stack
+from mora_ds.data.order import LONGEST_PERIOD, integer_weights, source_order
+from mora_ds.data.packing import IGNORED, Block, PackedDataset, stack
 from mora_ds.data.stream_source import StreamSource
-
-LONGEST_PERIOD = 1 << 16
-"""Weights whose common denominator is larger are rounded to multiples of 1 / this."""
 
 _ENDLESS = np.iinfo(np.int64).max
 """A cap that is never reached, and its place."""
@@ -119,7 +116,7 @@ class _Segment:
 
     def locate(self, sample: int) -> tuple[int, int]:
         position = self._position(sample)
-        source = int(_period(self.weights)[position % sum(self.weights)])
+        source = int(source_order(self.weights)[position % sum(self.weights)])
         return source, int(self.counts(sample)[source])
 
     def counts(self, samples: int) -> np.ndarray:
@@ -137,12 +134,12 @@ class _Segment:
 @lru_cache(maxsize=4)
 def _active_positions(segment: _Segment) -> np.ndarray:
     """The positions of one period whose sources are active in the segment."""
-    return np.flatnonzero(segment.is_active[_period(segment.weights)])
+    return np.flatnonzero(segment.is_active[source_order(segment.weights)])
 
 
 def _counts(weights: tuple[int, ...], position: int) -> np.ndarray:
     """(K,): number of samples of each source before a position in the endless order."""
-    order = _period(weights)
+    order = source_order(weights)
     periods, index = divmod(position, len(order))
     within = np.bincount(order[:index], minlength=len(weights))
     return periods * np.array(weights, dtype=np.int64) + within
@@ -151,7 +148,7 @@ def _counts(weights: tuple[int, ...], position: int) -> np.ndarray:
 def _places_after(weights: tuple[int, ...], counts: np.ndarray) -> np.ndarray:
     """(K,): the place after the `counts[k]`-th sample of source k in the endless order.
     `_ENDLESS` for a source without a weight and for a count of 0."""
-    order = _period(weights)
+    order = source_order(weights)
     shares = np.array(weights, dtype=np.int64)
     asked = (shares > 0) & (counts > 0)
     periods, number = np.divmod(counts[asked] - 1, shares[asked])
@@ -160,68 +157,6 @@ def _places_after(weights: tuple[int, ...], counts: np.ndarray) -> np.ndarray:
     ends = np.full_like(shares, _ENDLESS)
     ends[asked] = periods * len(order) + positions + 1
     return ends
-
-
-def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """The smallest integers in the proportions of `weights`, taken as exact decimals
-    (0.1 is 1/10).
-
-    If their sum would exceed `LONGEST_PERIOD`, they are rounded to that sum (largest
-    remainder method; at least 1 each), which changes a fraction by less than 1/65,536.
-    """
-    decimals = [Fraction(repr(weight)) for weight in weights]
-    total = sum(decimals)
-    exact = [weight / total for weight in decimals]
-    period = math.lcm(*(weight.denominator for weight in exact))
-    if period <= LONGEST_PERIOD:
-        return tuple(int(weight * period) for weight in exact)
-    scaled = [weight * LONGEST_PERIOD for weight in exact]
-    rounded = [max(int(weight), 1) if weight else 0 for weight in scaled]
-    missing = LONGEST_PERIOD - sum(rounded)
-    sign = 1 if missing > 0 else -1
-    adjustable = [
-        (sign * (rounded[k] - scaled[k]), k)
-        for k, count in enumerate(rounded)
-        if count > (0 if missing > 0 else 1)
-    ]
-    heapify(adjustable)
-    for _ in range(abs(missing)):
-        error, k = heappop(adjustable)
-        rounded[k] += sign
-        if rounded[k] > 1:
-            heappush(adjustable, (error + 1, k))
-    return tuple(rounded)
-
-
-@lru_cache(maxsize=64)
-def _period(weights: tuple[int, ...]) -> np.ndarray:
-    """(period,): the source of every sample. In every prefix, the count of each source
-    differs from its exact proportion by less than one sample."""
-    counts = np.array(weights, dtype=np.int64)
-    period = sum(weights)
-    source = np.repeat(np.arange(len(weights)), counts)
-    number = np.arange(period) - (np.cumsum(counts) - counts)[source]
-    # Tijdeman's rule for the chairman assignment problem (1980). The deficit of a source
-    # is its exact number of samples minus the number drawn. Among the K sources with a
-    # deficit of at least 1 / (2 K - 2), draw the one whose deficit would be the first to
-    # exceed 1 - 1 / (2 K - 2). Then no deficit ever exceeds that. So every sample of a
-    # source has a first sample at which it may be drawn, and a deadline.
-    slack = max(2 * int((counts > 0).sum()) - 2, 1)
-    earliest = (number * slack + 1) * period
-    released = -(-earliest // (slack * counts[source])) - 1
-    # Integers far below 2^53, divided once: the comparison is exact.
-    deadline = ((number + 1) * slack - 1) * period / counts[source]
-    by_deadline = np.lexsort((source, deadline))
-    rank = np.empty_like(by_deadline)
-    rank[by_deadline] = np.arange(period)
-    ranks = iter(rank[np.argsort(released, kind="stable")].tolist())
-    waiting: list[int] = []
-    drawn = []
-    for newly_released in np.bincount(released, minlength=period).tolist():
-        for released_rank in islice(ranks, newly_released):
-            heappush(waiting, released_rank)
-        drawn.append(heappop(waiting))
-    return source[by_deadline[drawn]]
 
 
 Source = PackedDataset | StreamSource
@@ -382,3 +317,105 @@ class Mixture:
             "step": self._next_step,
             "sources": {name: stream.state() for name, stream in self._streams.items()},
         }
+
+
+# -- batches, read ahead of their step --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """This rank's part of one micro-batch."""
+
+    batch: Batch
+    """Tensors on the CPU; in pinned memory if the device is a GPU."""
+    labels: list[int]
+    """The number of labels of each sequence, without ignored ones."""
+    sources: list[int]
+    """The source of each sequence in the mixture; empty if there is one source."""
+
+
+StepBatch = list[MicroBatch]
+"""The micro-batches of one optimizer step."""
+
+
+class BatchLoader:
+    """This rank's batches of the steps up to `last_step`.
+
+        take(step)           returns the micro-batches of a step; a thread starts to read the next ones
+        next_labels(step)    waits for the thread; returns the number of labels of this rank
+
+    All work on the host happens here, before the copy to the device: packing, this rank's
+    part of each sequence, the number of labels, pinned memory. The thread runs only
+    between the two calls. So a checkpoint, written after a step, never stores the position
+    of a batch that is still being read. An error is raised by the `take` of the batch that
+    failed.
+    """
+
+    def __init__(
+        self,
+        data: Mixture,
+        slices: Sequence[slice],
+        local_part: Callable[[Batch], Batch],
+        last_step: int,
+        device: torch.device | str,
+        world: int,
+    ) -> None:
+        """`slices`: this replica's micro-batches in every global batch. `local_part`: this
+        rank's part of one."""
+        self.data = data
+        self.slices = slices
+        self.local_part = local_part
+        self.last_step = last_step
+        # Reading a stream is collective (`Ranks.map`), so all ranks must read at the
+        # same time.
+        self._is_collective = data.has_streams and world > 1
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="mora_ds batches")
+        self._device = torch.device(device)
+        self.ahead: Future[StepBatch] | None = None
+        """The batch that `take` returns next, if its reading was started."""
+
+    def take(self, step: int) -> StepBatch:
+        """The micro-batches of the step after `step` completed steps. Raises the error
+        of reading them."""
+        if self.ahead is None:  # the first step of this process
+            self._start(step)
+        assert self.ahead is not None, "there is a batch for every step of the run"
+        batch = self.ahead.result()
+        self.ahead = None
+        if not self._is_collective:
+            self._start(step + 1)
+        return batch
+
+    def next_labels(self, step: int) -> int:
+        """This rank's number of labels in the batch that `take(step)` will return; 0 if
+        there is no such batch or `take` will raise. Call it when the kernels of the
+        previous step are queued."""
+        if self.ahead is None:
+            self._start(step)
+        if self.ahead is None or self.ahead.exception() is not None:
+            return 0
+        return labels_in(self.ahead.result())
+
+    def _start(self, step: int) -> None:
+        if step < self.last_step:
+            self.ahead = self._reader.submit(self._read, step)
+
+    def _read(self, step: int) -> StepBatch:
+        # A new thread uses device 0, and pinning memory would create a context there.
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        return [self._micro_batch(step, rows) for rows in self.slices]
+
+    def _micro_batch(self, step: int, rows: slice) -> MicroBatch:
+        batch = self.local_part(self.data.batch(step, rows))
+        # numpy, because torch would start threads that compete with those of the step.
+        labels = (batch["labels"].numpy() != IGNORED).sum(axis=1).tolist()
+        sources = self.data.sources_of(step, rows) if len(self.data.names) > 1 else []
+        if self._device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return MicroBatch(batch, labels, sources)
+
+
+def labels_in(batch: StepBatch) -> int:
+    """The number of labels of a step's batch, without ignored ones."""
+    return sum(sum(micro_batch.labels) for micro_batch in batch)

@@ -121,11 +121,8 @@ def _coalesce_refresh(persistent: list[Any]) -> None:
 
 def _sharded(parameters: list[Any]) -> list[Any]:
     """The parameters that are not gathered."""
-    return [
-        parameter
-        for parameter in parameters
-        if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
-    ]
+    missing = ZeroParamStatus.NOT_AVAILABLE
+    return [weight for weight in parameters if weight.ds_status is missing]
 
 
 def gather_persistent(persistent: list[Any]) -> None:

@@ -43,8 +43,7 @@ class CollectiveCounter:
 
     @property
     def gathered_bytes(self) -> int:
-        gathers = [kind for kind in self.bytes if kind.startswith("all_gather")]
-        return sum(self.bytes[kind] for kind in gathers)
+        return sum(size for kind, size in self.bytes.items() if "all_gather" in kind)
 
     @contextmanager
     def counting(self) -> Iterator[CollectiveCounter]:

@@ -13,7 +13,7 @@ base            the base model, on the device or in host memory
 training_setup  sets up the training of an adapter, of all parameters, or of nothing
 run             `mora_ds.Run`: resume, merge, save and export, also for users' own loops
 preflight       checks of the model before the first step
-trainer         the training loop; loader: its batches; profile: --profile
+trainer         the training loop; replica: ranks of one sequence; profile: --profile
 evaluator       evaluations during training; tasks: those of the lm-eval harness
 metrics         step lines and metrics.jsonl; trackers: TensorBoard, Weights & Biases
 screen          what a person reads before the first step and after the last one

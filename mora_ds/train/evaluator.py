@@ -10,8 +10,8 @@ from mora_ds.config.mixture import HELD_OUT
 from mora_ds.data import IGNORED, PackedDataset
 from mora_ds.data.documents import Batch
 from mora_ds.models.loss import perplexity
-from mora_ds.train.loader import Replica, require_finite
 from mora_ds.train.metrics import MetricsLog
+from mora_ds.train.replica import Replica, require_finite
 from mora_ds.train.tasks import TaskSuite
 from mora_ds.train.training_setup import TrainingSetup
 

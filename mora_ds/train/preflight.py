@@ -20,12 +20,11 @@ from mora_ds.adapters.domains import domains_of
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.research import DOMAINS
-from mora_ds.data.documents import Documents
+from mora_ds.data.documents import Batch, Documents
 from mora_ds.models import loss
 from mora_ds.models.attention import NAME, attention_of, model_inputs
 from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.ulysses import SequenceParallel
-from mora_ds.train.loader import Batch
 from mora_ds.train.non_fatal import eval_mode
 from mora_ds.train.training_setup import TrainingSetup
 

@@ -26,8 +26,8 @@ from mora_ds.common.errors import UserError, reason
 from mora_ds.common.files import load_yaml
 from mora_ds.common.untrusted import expanded
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.loader import Replica
 from mora_ds.train.non_fatal import eval_mode
+from mora_ds.train.replica import Replica
 
 logger = logging.getLogger(__name__)
 

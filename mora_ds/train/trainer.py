@@ -26,22 +26,16 @@ from mora_ds.common.errors import NON_FATAL_ERRORS, RunError, Stopped, reason
 from mora_ds.common.object_store import StoreError
 from mora_ds.config.forgetting import report
 from mora_ds.config.lr_schedule import Schedule
+from mora_ds.data.mixture import BatchLoader, MicroBatch, labels_in
 from mora_ds.engine import zero
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.base import BaseChanged
 from mora_ds.models.loss import perplexity, sequence_nll, token_nll
 from mora_ds.runtime import signals
 from mora_ds.train.evaluator import Evaluator
-from mora_ds.train.loader import (
-    BatchLoader,
-    MicroBatch,
-    NotFinite,
-    Replica,
-    labels_in,
-    require_finite,
-)
 from mora_ds.train.metrics import MetricsLog, PhaseMemory, source_facts
 from mora_ds.train.profile import step_profiler
+from mora_ds.train.replica import NotFinite, Replica, require_finite
 from mora_ds.train.run import Run
 from mora_ds.train.training_setup import TrainingSetup
 
@@ -86,7 +80,15 @@ class Trainer:
         self.replica = Replica(setup.engine, training.ranks_per_replica, setup.sequence)
         self.evaluator = Evaluator(setup, self.replica, log)
         self.loader = BatchLoader(
-            self.train_data, self.replica, training, self.total_steps
+            self.train_data,
+            self.replica.slices(
+                training.per_device_train_batch_size,
+                training.gradient_accumulation_steps,
+            ),
+            self.replica.local_part,
+            self.total_steps,
+            self.engine.device,
+            self.ranks.world,
         )
         self.global_batch_size = self.train_data.global_batch_size
         self._next_labels: float | None = None

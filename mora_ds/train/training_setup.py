@@ -50,7 +50,7 @@ from mora_ds.planning.utilization import peak_flops, token_flops
 from mora_ds.train.data import RunData
 from mora_ds.train.layer_scales import FLAG as SCALING
 from mora_ds.train.layer_scales import measured_scales
-from mora_ds.train.loader import Replica
+from mora_ds.train.replica import Replica
 from mora_ds.train.run import Run, RunOptions, TrainingRun, export_live
 from mora_ds.train.setup import RunContext
 

@@ -24,8 +24,8 @@ from mora_ds.data import (
     document_hash,
     load_corpus,
 )
-from mora_ds.data import mixture as module
-from mora_ds.data.mixture import LONGEST_PERIOD, SampleSchedule, integer_weights
+from mora_ds.data.mixture import SampleSchedule
+from mora_ds.data.order import LONGEST_PERIOD, integer_weights, source_order
 from tests.helpers.errors import user_error
 from tests.helpers.jobs import curve, losses, rows, run, validation_errors_of
 from tests.helpers.mixtures import mixture_flags, source_rows, write_mixture
@@ -192,9 +192,9 @@ def test_a_thousand_sources_take_one_order_a_phase():
     random = np.random.RandomState(6)
     weights = random.rand(1000).tolist()
     caps = random.randint(1, 10**6, 1000).tolist()
-    before = module._period.cache_info().misses
+    before = source_order.cache_info().misses
     shares = SampleSchedule([(0, weights)], caps)
-    assert module._period.cache_info().misses == before + 1
+    assert source_order.cache_info().misses == before + 1
     assert shares.limit == sum(caps)
     assert shares.counts(shares.limit).tolist() == caps
 

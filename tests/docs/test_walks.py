@@ -10,7 +10,7 @@ from collections import defaultdict
 
 import pytest
 
-from mora_ds.train.loader import BatchLoader
+from mora_ds.data.mixture import BatchLoader
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import job

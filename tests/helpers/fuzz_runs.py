@@ -22,7 +22,7 @@ from mora_ds.commands.pretrain import train
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_tokenizer
-from mora_ds.train.loader import NotFinite
+from mora_ds.train.replica import NotFinite
 from tests.helpers.fuzz import judged_in_processes
 from tests.helpers.jobs import REPOSITORY, VOCABULARY
 from tests.helpers.models import tiny_model

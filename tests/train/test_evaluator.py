@@ -17,7 +17,7 @@ from mora_ds.config.forgetting import Watch
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import IGNORED
 from mora_ds.train.evaluator import Evaluator
-from mora_ds.train.loader import NotFinite
+from mora_ds.train.replica import NotFinite
 from mora_ds.train.tasks import TaskResult
 from tests.helpers.errors import run_error
 

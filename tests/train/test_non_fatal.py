@@ -23,8 +23,8 @@ from mora_ds.remora.merge import ReMoRA
 from mora_ds.train import pretrain as program
 from mora_ds.train import trackers
 from mora_ds.train.evaluator import Evaluator
-from mora_ds.train.loader import NotFinite
 from mora_ds.train.metrics import MetricsLog
+from mora_ds.train.replica import NotFinite
 from mora_ds.train.tasks import TaskSuite
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_alone, run_ranks

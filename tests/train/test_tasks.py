@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mora_ds.common.files import read_json
-from mora_ds.train.loader import Replica
+from mora_ds.train.replica import Replica
 from mora_ds.train.tasks import TaskSuite, check_tasks, results_of, task_names
 from tests.helpers.engines import ROWS, ds_config
 from tests.helpers.errors import user_error

@@ -1,5 +1,5 @@
-"""Batches that are prepared a step ahead: whose rows they are, when errors come, where a
-stream is found meanwhile.
+"""The batches of a replica, prepared a step ahead: whose rows they are, when errors come,
+where a stream is found meanwhile.
 """
 
 import threading
@@ -10,8 +10,9 @@ import torch
 
 from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED
-from mora_ds.train import loader as loader_module
-from mora_ds.train.loader import BatchLoader, Replica, labels_in
+from mora_ds.data.mixture import BatchLoader, labels_in
+from mora_ds.train import replica as module
+from mora_ds.train.replica import Replica
 from tests.helpers.errors import user_error
 
 T = 4
@@ -38,26 +39,25 @@ class Data:
         return {"input_ids": ids, "labels": torch.where(ids % 2 == 0, ids, IGNORED)}
 
 
-def loader(data, replica=0, replicas=1, accumulation=2, size=2):
-    training = SimpleNamespace(
-        per_device_train_batch_size=size, gradient_accumulation_steps=accumulation
-    )
-    process = SimpleNamespace(
-        index=replica,
-        count=replicas,
-        world=replicas,
-        engine=SimpleNamespace(device="cpu"),
-        local_part=lambda batch: batch,
-    )
-    return BatchLoader(data, process, training, 5)
+def replica_of(index, count, sequence=None):
+    """Replica `index` of `count`, without processes."""
+    replica = Replica.__new__(Replica)
+    vars(replica).update(index=index, count=count, sequence=sequence)
+    return replica
+
+
+def loader(data, replica=None, world=1, accumulation=2, size=2):
+    replica = replica or replica_of(0, world)
+    slices = replica.slices(size, accumulation)
+    return BatchLoader(data, slices, replica.local_part, 5, "cpu", world)
 
 
 def first_rows(replica, replicas, micro_batches, size):
     """The first row of each micro-batch of a replica; each has `size` rows."""
-    batch_loader = loader(Data(), replica, replicas, micro_batches, size)
-    positions = [batch_loader.position(index) for index in range(micro_batches)]
-    assert {rows.stop - rows.start for rows in positions} == {size}
-    return [rows.start for rows in positions]
+    slices = replica_of(replica, replicas).slices(size, micro_batches)
+    assert len(slices) == micro_batches
+    assert {rows.stop - rows.start for rows in slices} == {size}
+    return [rows.start for rows in slices]
 
 
 def test_micro_batch_m_of_replica_r_holds_the_rows_from_m_times_replicas_plus_r():
@@ -100,7 +100,7 @@ def test_a_stream_that_processes_share_is_read_while_all_of_them_wait_for_it():
         stream = Data()
         stream.has_streams = True
         stream.global_batch_size = 4 * world
-        batch_loader = loader(stream, 0, world)
+        batch_loader = loader(stream, world=world)
         batch_loader.take(0)
         assert (batch_loader.ahead is None) == (world == 2)
         assert batch_loader.next_labels(1) == 2 * T
@@ -109,15 +109,10 @@ def test_a_stream_that_processes_share_is_read_while_all_of_them_wait_for_it():
 
 def test_counts_are_those_of_the_part_that_a_process_computes():
     """Under sequence parallelism a process has some tokens of each row."""
-    batch_loader = loader(Data())
-    batch_loader.replica = Replica.__new__(Replica)
     first_token = SimpleNamespace(
         split=lambda rows: {name: values[:, :1] for name, values in rows.items()}
     )
-    vars(batch_loader.replica).update(
-        vars(loader(Data()).replica), ranks_per_replica=1, sequence=first_token
-    )
-    del batch_loader.replica.local_part
+    batch_loader = loader(Data(), replica_of(0, 1, first_token))
     (first, second) = batch_loader.take(0)
     assert first.batch["labels"].shape == (2, 1)
     assert labels_in([first, second]) == 2
@@ -132,9 +127,9 @@ def test_the_first_losses_are_of_each_sequence_once(monkeypatch, replicas, rows,
     def numbers(model, batch):
         return batch["labels"][batch["labels"] != IGNORED].tolist()
 
-    monkeypatch.setattr(loader_module, "token_nll", numbers)
+    monkeypatch.setattr(module, "token_nll", numbers)
     monkeypatch.setattr(
-        loader_module, "stack", lambda rows: {"labels": torch.tensor(rows)[:, None]}
+        module, "stack", lambda rows: {"labels": torch.tensor(rows)[:, None]}
     )
     data = SimpleNamespace(
         has_streams=False,
