@@ -5,7 +5,7 @@ tests/hf/test_options.py fails if an upgrade moves a symbol used here.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from mora_ds.adapters.inject import frozen_buffers, move_base
+from mora_ds.common.attributes import replaced
 from mora_ds.engine import zero
 from mora_ds.engine.device import current_device, is_cpu
 from mora_ds.engine.ds_keys import DsConfig
@@ -70,13 +71,13 @@ def our_engine() -> Iterator[None]:
         config.pop("steps_per_print", None)
         # A Trainer may train again: its new engine is then restored from a checkpoint
         vars(model).pop(STARTED, None)
-        with _in_place_of_deepspeed(original):
+        with replaced(deepspeed, "initialize", original):
             returned = initialize(model=model, config=config, **kwargs)
         mark_gathered(frozen_buffers(model).values())
         return returned
 
     original = deepspeed.initialize
-    with _in_place_of_deepspeed(ours):
+    with replaced(deepspeed, "initialize", ours):
         yield
 
 
@@ -93,7 +94,7 @@ def bare_model(dtype: Any) -> Iterator[None]:
         mark_gathered([*frozen_buffers(model).values(), *model.parameters()])
         return model, None, None, None
 
-    with _in_place_of_deepspeed(ours):
+    with replaced(deepspeed, "initialize", ours):
         yield
 
 
@@ -102,16 +103,6 @@ def mark_gathered(tensors: Iterable[Any]) -> None:
     the head, frozen or not (trl/trainer/utils.py, `maybe_gather_lm_head_ctx`)."""
     for tensor in tensors:
         tensor.ds_status = ZeroParamStatus.AVAILABLE
-
-
-@contextmanager
-def _in_place_of_deepspeed(function: Callable[..., Any]) -> Iterator[None]:
-    original = deepspeed.initialize
-    deepspeed.initialize = function
-    try:
-        yield
-    finally:
-        deepspeed.initialize = original
 
 
 def optimizer_steps(engine: zero.Engine) -> int:

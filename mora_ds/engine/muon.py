@@ -25,6 +25,7 @@ from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_no
 from torch import Tensor, nn
 
 from mora_ds.adapters.layer import AdaptedLinear
+from mora_ds.common.attributes import replaced
 from mora_ds.common.errors import UserError
 from mora_ds.engine import ds_optimizer
 from mora_ds.engine.ds_config import compute_dtype
@@ -56,11 +57,8 @@ def muon_groups(layers: Iterable[AdaptedLinear], has_factors: bool) -> Iterator[
             columns = Columns(spec.d_in) if spec and has_factors else None
             parameter.muon_num_heads = columns  # type: ignore[attr-defined]
 
-    deepspeed.set_optimizer_flags = tag
-    try:
+    with replaced(deepspeed, "set_optimizer_flags", tag):
         yield
-    finally:
-        deepspeed.set_optimizer_flags = tag_by_name
 
 
 def load_kernels() -> None:
@@ -71,12 +69,10 @@ def load_kernels() -> None:
     takes 19 s in the first step for two shapes of matrices on a CPU, and needs a C++
     compiler. Fifteen products of small matrices gain little from it.
     """
-    decorator = compiler.compile
-    compiler.compile = lambda *args, **kwargs: lambda function: function
-    try:
+    with replaced(
+        compiler, "compile", lambda *args, **kwargs: lambda function: function
+    ):
         from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
-    finally:
-        compiler.compile = decorator
     original_muon._per_head_orthogonalize = _orthogonalize_factors
     # The decorator has already run if another engine was created before
     for module in (original_muon, muon_optimizer):

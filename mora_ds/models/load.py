@@ -12,8 +12,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import deepspeed as hf_deepspeed
 
+from mora_ds.common.attributes import replaced
 from mora_ds.common.errors import UserError, reason
 from mora_ds.common.fetched import local
 from mora_ds.common.files import config_names
@@ -321,17 +322,11 @@ def set_rope(
         check_used(meta_model, settings["rope_type"])
 
 
-@contextmanager
-def unsharded_loading() -> Iterator[None]:
+def unsharded_loading() -> AbstractContextManager[None]:
     """A context in which `from_pretrained` loads unsharded weights. Otherwise it shards
     them at stage 3 if `TrainingArguments` with a DeepSpeed config exist
     (transformers/integrations/deepspeed.py, `_hf_deepspeed_config_weak_ref`)."""
-    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = reference
+    return replaced(hf_deepspeed, "_hf_deepspeed_config_weak_ref", None)
 
 
 def kept_in_fp32(

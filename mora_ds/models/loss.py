@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mora_ds.common.attributes import replaced
 from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED
 from mora_ds.data.documents import Batch
@@ -116,23 +117,17 @@ class ChunkedHead:
 
     def token_losses(self, model: Callable[..., object], batch: Batch) -> Tensor:
         """(B, T, 1): the negative log-likelihood of each label; 0 for IGNORED."""
-        with self.recording() as outputs:
-            self._labels = batch["labels"]
-            try:
-                model(**model_inputs(model, batch))
-            finally:
-                self._labels = None
+        with self.recording() as outputs, replaced(self, "_labels", batch["labels"]):
+            model(**model_inputs(model, batch))
         return outputs[-1]
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
         """A context that appends the outputs of the head to a list, and yields the
         list."""
-        self._outputs = []
-        try:
-            yield self._outputs
-        finally:
-            self._outputs = None
+        outputs: list[Tensor] = []
+        with replaced(self, "_outputs", outputs):
+            yield outputs
 
     def _forward(self, hidden: Tensor) -> Tensor:
         """(B, T, d) -> logits (B, T, vocabulary), or losses (B, T, 1) if labels are

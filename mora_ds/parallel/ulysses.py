@@ -23,8 +23,8 @@ all-to-all. Differences to DeepSpeed's use of it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -35,6 +35,7 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mora_ds.common.attributes import replaced
 from mora_ds.common.errors import UserError
 from mora_ds.models.attention import NAME, attention_of, is_flash, why_dense
 from mora_ds.parallel.limits import SEQUENCE
@@ -73,19 +74,10 @@ def bind_sequence_parallel(
     return sequence
 
 
-@contextmanager
-def full_sequences(model: nn.Module) -> Iterator[None]:
+def full_sequences(model: nn.Module) -> AbstractContextManager[None]:
     """A context in which a bound model takes full sequences. Without gradients only."""
     sequence = sequence_parallel_of(model)
-    if sequence is None:
-        yield
-        return
-    before = sequence.splits
-    sequence.splits = False
-    try:
-        yield
-    finally:
-        sequence.splits = before
+    return nullcontext() if sequence is None else replaced(sequence, "splits", False)
 
 
 def sequence_parallel_of(module: nn.Module) -> SequenceParallel | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mora_ds.common.attributes import replaced
 from mora_ds.common.errors import UserError
 
 
@@ -96,11 +97,8 @@ def fused_attention() -> Iterator[None]:
         attend = _attend if query.is_meta else sdpa
         return attend(query, *args, **kwargs)
 
-    F.scaled_dot_product_attention = fused
-    try:
+    with replaced(F, "scaled_dot_product_attention", fused):
         yield
-    finally:
-        F.scaled_dot_product_attention = sdpa
 
 
 def _attend(
