@@ -30,7 +30,7 @@ runtime:
 parallel: adapters models
 models: adapters data runtime
 engine: adapters models parallel runtime
-remora: adapters models engine
+remora: adapters models engine runtime
 planning: adapters data models parallel engine
 checkpoint: adapters models runtime engine remora
 config: adapters parallel runtime engine

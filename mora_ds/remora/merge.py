@@ -34,11 +34,7 @@ from mora_ds.engine.node_base import node_base_of
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Layers, Ledger
 from mora_ds.remora.sums import SUMS_FOLDER, MergedSums
-
-HASH_BYTES = 32
-"""Of a sha256."""
-SIZE_BYTES = 8
-"""Of a file's size, in what rank 0 tells of a new cycle."""
+from mora_ds.runtime.ranks import Ranks
 
 LOSS_TOLERANCE = {
     torch.float32: 1e-4,
@@ -277,22 +273,18 @@ class ReMoRA:
     ) -> None:
         """Rank 0 appends the cycle to the ledger, and tells the others its hash and
         size."""
-        packed = torch.zeros(HASH_BYTES + SIZE_BYTES, dtype=torch.uint8)
-        if dist.get_rank() == 0:
+
+        def append() -> tuple[str, int]:
             self.ledger.append(step, entries, mora_matrices.items())
             record = self.ledger.records[-1]
-            size = record.size.to_bytes(SIZE_BYTES)
-            packed = torch.frombuffer(
-                bytearray.fromhex(record.sha256) + size, dtype=torch.uint8
-            )
-        packed = packed.to(self.engine.device)
-        # The others add zeros. Rank 0, which goes on to delete earlier sums, must not pass
-        # ranks that still read them, as it could in a broadcast.
-        dist.all_reduce(packed)
-        content = bytes(packed.tolist())
-        if dist.get_rank() != 0:
-            sha256 = content[:HASH_BYTES].hex()
-            self.ledger.follow(step, sha256, int.from_bytes(content[HASH_BYTES:]))
+            return record.sha256, record.size
+
+        ranks = Ranks.current()
+        # All ranks meet there: rank 0, which goes on to delete earlier sums, does not
+        # pass ranks that still read them
+        sha256, size = ranks.run_on_rank0("merge ledger", append, long=True)
+        if not ranks.is_rank0:
+            self.ledger.follow(step, sha256, size)
 
     def _start_cycle(self, cycle: int) -> None:
         """Zero matrices, master weights and optimizer state, and set the cycle's operators."""
