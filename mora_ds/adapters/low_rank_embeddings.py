@@ -21,9 +21,7 @@ from mora_ds.adapters.new_embeddings import (
     LOW_RANK,
     FrozenEmbedding,
     FrozenHead,
-    is_tied,
-    plain_tables,
-    replace,
+    replace_tables,
 )
 from mora_ds.adapters.ops.spec import permutation_seed
 from mora_ds.common.errors import UserError
@@ -34,9 +32,8 @@ SETTING = "`embedding_rank`"
 class LowRankEmbedding(FrozenEmbedding):
     """ids (...) -> (..., d): rows of W + A B."""
 
-    def __init__(self, base: nn.Embedding, low_rank: nn.Parameter) -> None:
-        super().__init__(base)
-        self.low_rank = low_rank
+    trained = LOW_RANK
+    low_rank: nn.Parameter
 
     def forward(self, ids: Tensor) -> Tensor:
         tall, wide = self.low_rank.split(self.weight.shape)
@@ -47,9 +44,8 @@ class LowRankEmbedding(FrozenEmbedding):
 class LowRankHead(FrozenHead):
     """x (..., d) -> logits (..., V): those of W + A B."""
 
-    def __init__(self, base: nn.Linear, low_rank: nn.Parameter) -> None:
-        super().__init__(base)
-        self.low_rank = low_rank
+    trained = LOW_RANK
+    low_rank: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         tall, wide = self.low_rank.split(self.weight.shape)
@@ -57,37 +53,25 @@ class LowRankHead(FrozenHead):
 
 
 def train_low_rank(model: Any, rank: int, seed: int) -> None:
-    """Replaces the model's embeddings and head, with frozen weights. `seed`: for B.
+    """Replaces the model's embeddings and head, with frozen weights. A starts as zeros,
+    B uniform within 1 / sqrt(d) of 0, as LoRA's A, by the `seed` on every process.
 
     Raises `UserError` where either is not a plain look-up or linear layer or is trained
     itself.
     """
-    embedding, head = plain_tables(model, SETTING)
-    weights = (embedding.weight, head.weight)
-    if any(isinstance(weight, nn.Parameter) for weight in weights):
-        raise UserError(
-            f"{SETTING} keeps embeddings and head frozen, and one of them is to be trained: leave one out"
-        )
-    values = _init_weights(
-        embedding.weight, rank, permutation_seed(seed, "embeddings", 0)
-    )
-    head_values = values
-    if not is_tied(embedding, head):
-        head_values = _init_weights(
-            head.weight, rank, permutation_seed(seed, "head", 0)
-        )
-    replace(model, embedding, LowRankEmbedding(embedding, values))
-    replace(model, head, LowRankHead(head, head_values))
 
+    def values_of(table: Tensor, name: str) -> Tensor:
+        if isinstance(table, nn.Parameter):
+            raise UserError(
+                f"{SETTING} keeps embeddings and head frozen, and one of them is to be trained: leave one out"
+            )
+        tokens, width = table.shape
+        generator = torch.Generator().manual_seed(permutation_seed(seed, name, 0))
+        wide = torch.rand(width, rank, generator=generator) * 2 - 1
+        values = torch.cat([torch.zeros(tokens, rank), wide / width**0.5])
+        return values.to(table.device, table.dtype)
 
-def _init_weights(table: Tensor, rank: int, seed: int) -> nn.Parameter:
-    """A of zeros, B uniform within 1 / sqrt(d) of 0, as LoRA's A, on every process."""
-    tokens, width = table.shape
-    wide = (
-        torch.rand(width, rank, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    )
-    values = torch.cat([torch.zeros(tokens, rank), wide / width**0.5])
-    return nn.Parameter(values.to(table.device, table.dtype))
+    replace_tables(model, SETTING, LowRankEmbedding, LowRankHead, values_of)
 
 
 def is_low_rank(name: str) -> bool:

@@ -9,7 +9,8 @@ A checkpoint has it among the other trained parameters (modules_to_save), as
 `<module>.new_rows`.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +25,18 @@ SETTING = "`new_rows_from`"
 
 
 class FrozenEmbedding(nn.Embedding):
-    """The table of another module as a buffer: one object where it is tied."""
+    """The table of another module as a buffer, one object where it is tied, and what is
+    trained of it."""
 
+    trained: ClassVar[str]
+    """Name of the parameter."""
     weight: Tensor
     embed_scale: Tensor | None
     """What the model multiplies rows by as it reads them (Gemma, MiniCPM3)."""
 
-    def __init__(self, base: nn.Embedding) -> None:
+    def __init__(self, base: nn.Embedding, values: nn.Parameter) -> None:
         nn.Module.__init__(self)
+        self.register_parameter(self.trained, values)
         self.num_embeddings, self.embedding_dim = base.weight.shape
         self.padding_idx = None
         self.register_buffer("weight", base.weight, persistent=False)
@@ -53,13 +58,17 @@ class FrozenEmbedding(nn.Embedding):
 
 
 class FrozenHead(nn.Linear):
-    """The table and the bias of another module as buffers."""
+    """The table and the bias of another module as buffers, and what is trained of the
+    table."""
 
+    trained: ClassVar[str]
+    """Name of the parameter."""
     weight: Tensor
     bias: Tensor | None  # type: ignore[assignment]
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear, values: nn.Parameter) -> None:
         nn.Module.__init__(self)
+        self.register_parameter(self.trained, values)
         self.out_features, self.in_features = base.weight.shape
         self.register_buffer("weight", base.weight, persistent=False)
         self.register_buffer("bias", base.bias, persistent=False)
@@ -68,27 +77,24 @@ class FrozenHead(nn.Linear):
 class NewRowEmbedding(FrozenEmbedding):
     """ids (...) -> (..., d): rows of the frozen weight, the last K of `new_rows`."""
 
-    def __init__(self, base: nn.Embedding, new_rows: nn.Parameter) -> None:
-        super().__init__(base)
-        self.first = self.num_embeddings - len(new_rows)
-        self.new_rows = new_rows
+    trained = NEW_ROWS
+    new_rows: nn.Parameter
 
     def forward(self, ids: Tensor) -> Tensor:
-        new = F.embedding((ids - self.first).clamp(min=0), self.new_rows)
+        first = self.num_embeddings - len(self.new_rows)
+        new = F.embedding((ids - first).clamp(min=0), self.new_rows)
         old = F.embedding(ids, self.weight)
-        return self.scaled(torch.where((ids >= self.first).unsqueeze(-1), new, old))
+        return self.scaled(torch.where((ids >= first).unsqueeze(-1), new, old))
 
 
 class NewRowHead(FrozenHead):
     """x (..., d) -> logits (..., V): the last K from `new_rows`."""
 
-    def __init__(self, base: nn.Linear, new_rows: nn.Parameter) -> None:
-        super().__init__(base)
-        self.first = self.out_features - len(new_rows)
-        self.new_rows = new_rows
+    trained = NEW_ROWS
+    new_rows: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        old = F.linear(x, self.weight[: self.first])
+        old = F.linear(x, self.weight[: self.out_features - len(self.new_rows)])
         logits = torch.cat([old, F.linear(x, self.new_rows)], dim=-1)
         return logits if self.bias is None else logits + self.bias
 
@@ -100,17 +106,35 @@ def train_new_rows(model: Any, first: int) -> None:
     Raises `UserError` where either is not a plain look-up or linear layer, and where
     there are no such rows.
     """
-    embedding, head = plain_tables(model, SETTING)
-    if not 0 < first < len(embedding.weight):
-        raise UserError(
-            f"{SETTING}: the model has rows 0 to {len(embedding.weight) - 1}, none from {first} on is new"
-        )
-    values = nn.Parameter(embedding.weight.data[first:].clone())
+
+    def values_of(table: Tensor, _: str) -> Tensor:
+        if not 0 < first < len(table):
+            raise UserError(
+                f"{SETTING}: the model has rows 0 to {len(table) - 1}, none from {first} on is new"
+            )
+        return table.data[first:].clone()
+
+    replace_tables(model, SETTING, NewRowEmbedding, NewRowHead, values_of)
+
+
+def replace_tables(
+    model: Any,
+    setting: str,
+    embedding_class: type[FrozenEmbedding],
+    head_class: type[FrozenHead],
+    values_of: Callable[[Tensor, str], Tensor],
+) -> None:
+    """Replaces the model's embeddings and head. What is trained starts from
+    `values_of(weight, "embeddings")` and `values_of(weight, "head")`; it is one
+    parameter where these are tied. Raises `UserError` as `plain_tables` does."""
+    embedding, head = plain_tables(model, setting)
+    values = nn.Parameter(values_of(embedding.weight, "embeddings"))
     head_values = values
-    if not is_tied(embedding, head):
-        head_values = nn.Parameter(head.weight.data[first:].clone())
-    replace(model, embedding, NewRowEmbedding(embedding, values))
-    replace(model, head, NewRowHead(head, head_values))
+    # Not by address: the tensors of a planned model have none
+    if head.weight is not embedding.weight:
+        head_values = nn.Parameter(values_of(head.weight, "head"))
+    replace(model, embedding, embedding_class(embedding, values))
+    replace(model, head, head_class(head, head_values))
 
 
 def plain_tables(model: Any, setting: str) -> tuple[nn.Embedding, nn.Linear]:
@@ -131,12 +155,6 @@ def plain_tables(model: Any, setting: str) -> tuple[nn.Embedding, nn.Linear]:
             f"{setting}: the output head is a {type(head).__name__}, no linear layer"
         )
     return embedding, head
-
-
-def is_tied(embedding: nn.Embedding, head: nn.Linear) -> bool:
-    """Whether embeddings and head are one tensor."""
-    # Not by address: the tensors of a planned model have none
-    return head.weight is embedding.weight
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
