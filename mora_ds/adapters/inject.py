@@ -255,18 +255,18 @@ def spec_of(
     if isinstance(module, (ExpertStack, MoRAExperts)):
         setting = f"`target_modules` includes {name}, which are experts"
         require(config.adapter, Capability.EXPERTS, setting)
-        count = module.count if isinstance(module, ExpertStack) else module.spec.count
         of_expert = config.of_expert(name, module.experts_per_token)
         expert_spec = of_expert.operator_for(name, d_in, d_out, cycle)
-        return StackSpec(count, expert_spec)
+        return StackSpec(module.count, expert_spec)
     return config.operator_for(name, d_in, d_out, cycle)
 
 
-def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> frozen base tensor, with every name of a tied tensor, and scales of
-    quantized weights; not the buffers that the model had before."""
+def frozen_buffers(model: nn.Module, once: bool = False) -> dict[str, Tensor]:
+    """Name -> frozen base tensor, with every name of a tied tensor, or `once` by its
+    first name, and scales of quantized weights; not the buffers that the model had
+    before."""
     names: set[str] = getattr(model, "_mora_frozen", set())
-    buffers = model.named_buffers(remove_duplicate=False)
+    buffers = model.named_buffers(remove_duplicate=once)
     return {name: tensor for name, tensor in buffers if name in names}
 
 
@@ -315,14 +315,13 @@ def move_base(
     `nn.Module.to` would move buffers one by one and so untie tied ones, and DeepSpeed
     casts parameters, not buffers (runtime/engine.py, `_cast_module_mixed_precision`).
     """
-    moved: dict[int, Tensor] = {}
+    moved = {}
     scales = scale_names(model)
-    for name, tensor in frozen_buffers(model).items():
-        if id(tensor) not in moved:
-            casts = tensor.is_floating_point() and name not in scales
-            where = "cpu" if name in on_host else device
-            moved[id(tensor)] = tensor.to(where, dtype if casts else tensor.dtype)
-        _set_buffer(model, name, moved[id(tensor)])
+    for name, tensor in frozen_buffers(model, once=True).items():
+        casts = tensor.is_floating_point() and name not in scales
+        where = "cpu" if name in on_host else device
+        moved[name] = tensor.to(where, dtype if casts else tensor.dtype)
+    put_frozen(model, moved)
 
 
 def put_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -332,7 +331,8 @@ def put_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     new = {id(frozen[name]): tensor for name, tensor in tensors.items()}
     for name, old in frozen.items():
         if id(old) in new:
-            _set_buffer(model, name, new[id(old)])
+            parent, _, child = name.rpartition(".")
+            model.get_submodule(parent)._buffers[child] = new[id(old)]
 
 
 def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module]) -> None:
@@ -388,11 +388,6 @@ def _freeze_to_buffers(model: nn.Module, trained: set[int]) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     model._mora_frozen = names  # type: ignore[assignment]
-
-
-def _set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._buffers[child] = tensor
 
 
 def _shape_rows(specs: Mapping[str, UpdateSpec]) -> tuple[ShapeRow, ...]:

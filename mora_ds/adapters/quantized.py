@@ -39,11 +39,9 @@ def quantized_bytes(model: nn.Module) -> int:
 def merge_bytes(model: nn.Module) -> int:
     """Bytes that each merged cycle adds on every rank, where weights in 4 bits do not
     take it up: its values, and index tables of its own permutations."""
-    total = 0
-    for layer in mora_layers(model).values():
-        if layer.is_packed:
-            adapter_weight_bytes = (
-                math.prod(layer.spec.adapter_weight_shape) * layer.dtype.itemsize
-            )
-            total += adapter_weight_bytes + layer.spec.table_bytes
-    return total
+    return sum(
+        math.prod(layer.spec.adapter_weight_shape) * layer.dtype.itemsize
+        + layer.spec.table_bytes
+        for layer in mora_layers(model).values()
+        if layer.is_packed
+    )

@@ -198,16 +198,15 @@ def _deepspeed_engine(**arguments: Any) -> tuple[Any, ...]:
 def check_compute_dtype(config: DsConfig) -> None:
     """Raises `UserError` if this device does not compute in the config's dtype
     (deepspeed engine.py, `_do_sanity_check`, which comes after the base is loaded)."""
-    dtype = compute_dtype(config)
     device = get_accelerator()
-    if dtype == torch.float16 and not device.is_fp16_supported():
-        raise UserError(
-            f"--fp16: this device ({device.device_name()}) does not support it; use --bf16, or fp32"
-        )
-    if dtype == torch.bfloat16 and not device.is_bf16_supported():
-        raise UserError(
-            f"--bf16: this device ({device.device_name()}) does not support it; use --fp16, or fp32"
-        )
+    for dtype, flag, instead, is_supported in (
+        (torch.float16, "--fp16", "--bf16", device.is_fp16_supported),
+        (torch.bfloat16, "--bf16", "--fp16", device.is_bf16_supported),
+    ):
+        if compute_dtype(config) == dtype and not is_supported():
+            raise UserError(
+                f"{flag}: this device ({device.device_name()}) does not support it; use {instead}, or fp32"
+            )
 
 
 def _check_muon(model: nn.Module, config: DsConfig) -> None:

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.common.attributes import replaced
 from mora_ds.common.errors import UserError
-from mora_ds.engine import ds_optimizer
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.zero import Engine, Stage3View, ZeroView, view_of
@@ -119,8 +118,6 @@ def check_factors(config: DsConfig) -> None:
     parameter, as one matrix: bf16_optimizer.py, `_prepare_muon_updates`, and
     stage_1_and_2.py, `get_flat_partition` of aligned parameters, do not pass the number
     of columns."""
-    if not ds_optimizer.uses_muon(config):
-        return
     zero = config["zero_optimization"]
     if zero["stage"] == 1 and compute_dtype(config) == torch.bfloat16:
         raise UserError(

@@ -156,7 +156,7 @@ def share_base(model: nn.Module, ranks: Ranks) -> None:
     """
     frozen = {
         name: tensor
-        for name, tensor in _distinct(frozen_buffers(model)).items()
+        for name, tensor in frozen_buffers(model, once=True).items()
         if tensor.device.type == "cpu"
     }
     before = node_base_of(model).slots
@@ -227,14 +227,6 @@ class _Layout:
         slot.set_(storage, self.offsets[name] // like.itemsize, like.shape, strides)
         vars(slot).update(vars(like))
         return slot
-
-
-def _distinct(frozen: Tensors) -> Tensors:
-    """Each tied tensor once, by its first name."""
-    first: dict[int, str] = {}
-    for name, tensor in frozen.items():
-        first.setdefault(id(tensor), name)
-    return {name: frozen[name] for name in first.values()}
 
 
 def _map(

@@ -201,9 +201,7 @@ class BaseCheckpoint:
     def _handle(self, key: str) -> Any:
         path = self._file_of[key]
         if path not in self._handles:
-            if stat_signature(path) != self.stat_signatures.get(
-                path, stat_signature(path)
-            ):
+            if stat_signature(path) != self.stat_signatures[path]:
                 raise BaseChanged(
                     f"{path} was changed or replaced during the run: restore the original file and resume"
                 )

@@ -280,10 +280,11 @@ def config_digest(config: Any) -> str:
     """16 hex digits that identify all architectural settings of a config, such as
     rope_theta and the number of heads, which the fingerprint of the weights does not
     cover."""
-    values = config.to_dict()
-    for name in _NON_ARCHITECTURAL_KEYS & values.keys():
-        del values[name]
-    text = json.dumps(values, sort_keys=True, default=str)
+    values = config.to_dict().items()
+    architecture = {
+        key: value for key, value in values if key not in _NON_ARCHITECTURAL_KEYS
+    }
+    text = json.dumps(architecture, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

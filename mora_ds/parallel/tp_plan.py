@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mora_ds.adapters.inject import frozen_buffers
 from mora_ds.adapters.layer import AdaptedLinear, is_linear, linear_shape
 from mora_ds.adapters.ops.spec import Style
 from mora_ds.adapters.target_modules import ending_of
@@ -120,9 +121,7 @@ def _obstacle(model: nn.Module, block: str, wanted: dict[str, str], degree: int)
 
 def _holders(model: nn.Module, block: str) -> list[str]:
     """Names of the modules of a block that hold weights, frozen or not."""
-    frozen: set[str] = getattr(model, "_mora_frozen", set())
-    tensors = {
-        name for name, _ in model.named_parameters(remove_duplicate=False)
-    } | frozen
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = parameters.keys() | frozen_buffers(model).keys()
     inside = sorted(name for name in tensors if name.startswith(f"{block}."))
     return list(dict.fromkeys(name.rpartition(".")[0] for name in inside))

@@ -24,6 +24,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -162,7 +163,7 @@ class Ledger:
         self.folder = folder
         self.base_fingerprint = base_fingerprint
         self._records = list(records)
-        self._handles: dict[int, Any] = {}
+        self._reader = lru_cache(maxsize=None)(open_safetensors)
         self._layers: dict[int, Layers] = {}
 
     @classmethod
@@ -208,7 +209,7 @@ class Ledger:
 
     def release(self) -> None:
         """Unmap the files of all cycles, and forget their layers."""
-        self._handles.clear()
+        self._reader.cache_clear()
         self._layers.clear()
 
     def snapshot(self) -> Ledger:
@@ -344,11 +345,7 @@ class Ledger:
         return self._records[-1].chain if self._records else self.base_fingerprint
 
     def _handle(self, cycle: int) -> Any:
-        if cycle not in self._handles:
-            self._handles[cycle] = open_safetensors(
-                self.folder / self._records[cycle].file
-            )
-        return self._handles[cycle]
+        return self._reader(self.folder / self._records[cycle].file)
 
     def to_dict(self) -> JsonObject:
         """What ledger.json holds."""
