@@ -431,13 +431,11 @@ def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 def adapter_parameter_names(model: nn.Module) -> set[str]:
     """Names of the parameters of all adapters, those of domains included."""
-    names = set()
-    for name, layer in mora_layers(model).items():
-        names |= {
-            f"{name}.{parameter}"
-            for parameter, _ in layer.named_parameters(recurse=False)
-        }
-    return names
+    return {
+        f"{name}.{parameter}"
+        for name, layer in mora_layers(model).items()
+        for parameter, _ in layer.named_parameters(recurse=False)
+    }
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -73,6 +73,8 @@ _BUCKET_KEYS = (
     "stage3_prefetch_bucket_size",
     "stage3_param_persistence_threshold",
 )
+_KEEP_AUTO = (*_BUCKET_KEYS, "keep_in_fp32_modules")
+"""Keys whose "auto" `fill_bucket_sizes` or DeepSpeed replaces."""
 _FIXED: dict[str, tuple[Any, str]] = {
     "zero_optimization.offload_optimizer.ratio": (
         1,
@@ -189,7 +191,7 @@ def _without_auto(config: DsConfig) -> DsConfig:
     return {
         key: _without_auto(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if value != AUTO or key in (*_BUCKET_KEYS, "keep_in_fp32_modules")
+        if value != AUTO or key in _KEEP_AUTO
     }
 
 
@@ -389,7 +391,7 @@ def _left_auto(config: DsConfig, prefix: str = "") -> list[str]:
         path = prefix + key
         if isinstance(value, dict):
             problems += _left_auto(value, f"{path}.")
-        elif value == AUTO and key not in (*_BUCKET_KEYS, "keep_in_fp32_modules"):
+        elif value == AUTO and key not in _KEEP_AUTO:
             problems.append(
                 f'{path}: "auto" works only for settings that `mora-ds pretrain` has a flag for; write a value'
             )

@@ -6,7 +6,6 @@ weights_of_layers(model)    name of a layer -> (name -> frozen tensor)
 stored_bytes(tensors)       size of a buffer for tensors, in bytes; `offsets`: their positions in it
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,13 +66,12 @@ def weights_of_layers(model: Any) -> dict[str, Tensors]:
     owners: dict[str, str] = {}
     for layer in layers:
         owners.update({name: layer for name in frozen if name.startswith(f"{layer}.")})
-    uses = Counter(
-        (id(tensor), owners.get(name, "")) for name, tensor in frozen.items()
-    )
-    users = Counter(tensor for tensor, _ in uses)
+    users: dict[int, set[str]] = {}
+    for name, tensor in frozen.items():
+        users.setdefault(id(tensor), set()).add(owners.get(name, ""))
     weights: dict[str, Tensors] = {}
     for name, layer in owners.items():
-        if users[id(frozen[name])] == 1:
+        if len(users[id(frozen[name])]) == 1:
             weights.setdefault(layer, {})[name] = frozen[name]
     if not weights:
         raise UserError(

@@ -11,6 +11,7 @@ tests/parallel/test_topology_contract.py names each symbol that an upgrade has m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import deepspeed.comm as comm
@@ -59,7 +60,12 @@ class Topology:
 
     def shard_range(self, size: int) -> tuple[int, int]:
         """[start, stop) of this rank's shard of `size` elements."""
-        return shard_range(size, self.degree, self.index)
+        return self._ranges(size)[self.index]
+
+    def _ranges(self, size: int) -> list[tuple[int, int]]:
+        """[start, stop) of every rank's shard. Their sizes differ by at most one."""
+        bounds = [size * index // self.degree for index in range(self.degree + 1)]
+        return list(pairwise(bounds))
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over the group, in place."""
@@ -81,8 +87,7 @@ class Topology:
         comm.all_gather_into_tensor(full, padded, group=self.group)
         if len(full) == size:
             return full
-        ranges = [shard_range(size, self.degree, index) for index in range(self.degree)]
-        shards = zip(full.chunk(self.degree), ranges, strict=True)
+        shards = zip(full.chunk(self.degree), self._ranges(size), strict=True)
         return torch.cat([rows[: stop - start] for rows, (start, stop) in shards])
 
     def sum_scatter(self, full: Tensor) -> Tensor:
@@ -92,20 +97,11 @@ class Topology:
         longest = -(-size // self.degree)
         start, stop = self.shard_range(size)
         if longest * self.degree != size:
-            ranges = [
-                shard_range(size, self.degree, index) for index in range(self.degree)
-            ]
-            shards = [full[first:end] for first, end in ranges]
+            shards = [full[first:end] for first, end in self._ranges(size)]
             full = torch.cat([_padded(rows, longest) for rows in shards])
         shard = full.new_empty(longest, *full.shape[1:])
         comm.reduce_scatter_tensor(shard, full.contiguous(), group=self.group)
         return shard[: stop - start]
-
-
-def shard_range(size: int, degree: int, index: int) -> tuple[int, int]:
-    """[start, stop) of shard `index` of `degree`. Sizes of shards differ by at most
-    one."""
-    return size * index // degree, size * (index + 1) // degree
 
 
 @dataclass(frozen=True)

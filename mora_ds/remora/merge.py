@@ -187,10 +187,10 @@ class ReMoRA:
         model = self.engine.module
         layers = mora_layers(model)
         node = node_base_of(model)
-        written_here = set(node.layers_to_write(model))
+        written_here = node.layers_to_write(model)
         kept_here = {
             name: layers[name].shape
-            for name in node.layers_to_write(model)
+            for name in written_here
             if node.is_first_node(name) and not layers[name].is_packed
         }
         self.sums.open(self.ledger, kept_here, is_merge)

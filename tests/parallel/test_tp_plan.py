@@ -10,7 +10,7 @@ from mora_ds.adapters.inject import inject
 from mora_ds.adapters.ops.spec import Style
 from mora_ds.parallel.limits import check_world
 from mora_ds.parallel.tensor_parallel import split_model
-from mora_ds.parallel.topology import Topology, shard_range
+from mora_ds.parallel.topology import Topology
 from mora_ds.parallel.tp_plan import tp_plan_of
 from tests.helpers.errors import user_error
 from tests.helpers.models import FAMILIES, model_with_mora, tiny_model
@@ -76,7 +76,10 @@ def test_a_block_with_a_weight_unknown_to_the_plan_is_not_split():
 def test_shares_are_contiguous_and_differ_by_one_at_most():
     for size in range(1, 20):
         for degree in range(1, 6):
-            bounds = [shard_range(size, degree, index) for index in range(degree)]
+            bounds = [
+                Topology(degree, index, None).shard_range(size)
+                for index in range(degree)
+            ]
             assert bounds[0][0] == 0
             assert bounds[-1][1] == size
             assert all(one[1] == following[0] for one, following in pairwise(bounds))

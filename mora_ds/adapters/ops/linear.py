@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mora_ds.adapters.ops.frozen import Weight
+from mora_ds.adapters.ops.frozen import Weight, dense
 from mora_ds.adapters.ops.mora import (
     Maps,
     add_blocks_,
@@ -164,15 +164,13 @@ class LayerProducts:
 
     def effective_weight(self, weight: Weight, mora_matrix: Tensor) -> Tensor:
         """weight + delta (O, D), contiguous, in the dtype of M."""
-        dense = (
-            weight if isinstance(weight, Tensor) else weight.dense(mora_matrix.dtype)
-        )
+        frozen = dense(weight, mora_matrix.dtype)
         if self.spec.blocks > 1:
-            total = mora_matrix.new_empty(dense.shape).copy_(dense)
+            total = mora_matrix.new_empty(frozen.shape).copy_(frozen)
             return add_blocks_(total, self.spec, mora_matrix)
         tables = self.spec.tables(mora_matrix.device)
         rows, slots = rows_and_slots(tables.spread, tables.unfold(mora_matrix))
-        return rows.index_select(0, slots).add_(dense)
+        return rows.index_select(0, slots).add_(frozen)
 
     def output(
         self,

@@ -12,7 +12,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from enum import Enum
 from typing import ClassVar
 
@@ -184,12 +184,7 @@ class UpdateSpec(ABC):
     @classmethod
     def from_dict(cls, values: JsonObject) -> UpdateSpec:
         """Inverse of `to_dict`. Raises `UserError` for other keys and wrong types."""
-        names = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
-        own = {
-            key: value
-            for key, value in values.items()
-            if key != "kind" or "kind" in names
-        }
+        own = {key: value for key, value in values.items() if key != "kind"}
         spec: UpdateSpec = typed_fully(cls, own, "operator")
         return spec
 
