@@ -14,12 +14,12 @@ from accelerate import DistributedType, PartialState
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
-from mora_ds.adapters.inject import frozen_buffers, move_base
+from mora_ds.adapters.inject import frozen_buffers
 from mora_ds.common.attributes import replaced
 from mora_ds.engine import zero
-from mora_ds.engine.device import current_device, is_cpu
+from mora_ds.engine.device import is_cpu
 from mora_ds.engine.ds_keys import DsConfig
-from mora_ds.engine.initialize import STARTED, initialize
+from mora_ds.engine.initialize import STARTED, initialize, move_here
 
 _PATCHED = "_mora_ds_cpu"
 """Attribute of the class that `allow_cpu` has patched."""
@@ -88,9 +88,7 @@ def bare_model(dtype: Any) -> Iterator[None]:
     which needs no sharding."""
 
     def ours(*, model: nn.Module, **kwargs: Any) -> tuple[Any, ...]:
-        move_base(model, current_device(), dtype)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(current_device(), dtype)
+        move_here(model, dtype)
         mark_gathered([*frozen_buffers(model).values(), *model.parameters()])
         return model, None, None, None
 

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -145,11 +145,8 @@ def initialize(
         topology = Topology.of(degree)
         split_model(model, topology)
         kwargs["mpu"] = topology.mpu
-    dtype = compute_dtype(settings)
-    device = current_device()
-    move_base(model, device, dtype, names_on_host(model) if base_on_host else ())
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(device, dtype)
+    on_host = names_on_host(model) if base_on_host else ()
+    device = move_here(model, compute_dtype(settings), on_host)
     check_base_equal(frozen_buffers(model).values())
     if is_cpu() or base_on_host:
         share_base(model, Ranks.current())
@@ -174,6 +171,18 @@ def initialize(
     if zero.is_stage3(returned[0]):
         remove_unused_hooks(returned[0])
     return returned
+
+
+def move_here(
+    model: nn.Module, dtype: torch.dtype, on_host: Collection[str] = ()
+) -> torch.device:
+    """Moves and casts the base, as `move_base` does, and the trained parameters to this
+    process's device, which is returned."""
+    device = current_device()
+    move_base(model, device, dtype, on_host)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    return device
 
 
 def initialize_full(*, model: nn.Module, config: DsConfig) -> tuple[Any, ...]:

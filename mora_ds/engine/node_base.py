@@ -52,15 +52,13 @@ class NodeBase:
         """Names of the adapted layers whose frozen weights this process writes: its
         part of those that are shared, and all others, which lie on its device."""
         layers = mora_layers(model)
-        sizes = {
-            name: layers[name].weight.numel()
-            for name in layers
+        shared = {
+            name: layer.weight.numel()
+            for name, layer in layers.items()
             if self._is_shared(name)
         }
-        written_here = set(self._written_here(sizes))
-        return [
-            name for name in layers if name in written_here or not self._is_shared(name)
-        ]
+        written_here = set(self._written_here(shared))
+        return [name for name in layers if name in written_here or name not in shared]
 
     def _is_shared(self, layer: str) -> bool:
         return f"{layer}.weight" in self.slots

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import deepspeed.comm as dist
@@ -44,7 +45,6 @@ _BOUND = "_mora_ds_sequence"
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rotary embeddings that depend on the longest position (modeling_rope_utils.py)."""
 _dispatched: set[str] = set()
-_groups: dict[int, Any] = {}
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -198,17 +198,20 @@ def _dispatch(name: str) -> None:
     _dispatched.add(name)
 
 
+@cache
 def _group(size: int, timeout_s: float | None) -> Any:
     """This rank's group of `size` consecutive ranks, created once. Collective."""
-    if size not in _groups:
-        timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
-        for first in range(0, dist.get_world_size(), size):
-            members = list(range(first, first + size))
-            # deepspeed.comm.new_group takes no timeout
-            group = torch.distributed.new_group(members, timeout=timeout)
-            if dist.get_rank() in members:
-                _groups[size] = group
-    return _groups[size]
+    timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+    first = dist.get_rank() // size * size
+    # Every rank takes part in the making of every group; deepspeed.comm.new_group takes
+    # no timeout
+    groups = {
+        start: torch.distributed.new_group(
+            list(range(start, start + size)), timeout=timeout
+        )
+        for start in range(0, dist.get_world_size(), size)
+    }
+    return groups[first]
 
 
 # -- checks of a model's config --------------------------------------------------------
