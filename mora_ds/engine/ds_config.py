@@ -15,8 +15,8 @@ runtime/engine.py.
 import copy
 import json
 from collections import Counter
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +140,9 @@ def resolve_ds_config(
     """
     source = config if isinstance(config, (str, Path)) else "the DeepSpeed config"
     resolved = load_ds_config(config)
-    problems = clean_sections(resolved)
+    problems = list(clean_sections(resolved))
     if not problems:
-        problems += _unknown_keys(resolved)
+        problems += islice(_unknown_keys(resolved), MOST_PROBLEMS)
         problems += refused_keys(resolved, REFUSED)
         if settings is not None:
             problems += _match_flags(resolved, settings, world_size)
@@ -353,10 +353,9 @@ def _persistence_threshold(numels: list[int], bytes_each: int) -> int:
 # -- keys ------------------------------------------------------------------------------
 
 
-def clean_sections(config: DsConfig) -> list[str]:
-    """Remove sections that are null, which means the same as absent. Returns a problem
+def clean_sections(config: DsConfig) -> Iterator[str]:
+    """Remove sections that are null, which means the same as absent. Yields a problem
     for each that is no JSON object; nothing else is checked in such a file."""
-    problems = []
     for path in (*SECTIONS, *OTHER_SECTIONS):
         parent, _, key = path.rpartition(".")
         holder = at(config, parent)
@@ -365,37 +364,26 @@ def clean_sections(config: DsConfig) -> list[str]:
         if holder[key] is None:
             del holder[key]
         elif not isinstance(holder[key], dict):
-            problems.append(
-                f'"{path}" must be a JSON object, not {masked(holder[key], True)!r}'
-            )
-    return problems
+            yield f'"{path}" must be a JSON object, not {masked(holder[key], True)!r}'
 
 
-def _unknown_keys(config: DsConfig) -> list[str]:
+def _unknown_keys(config: DsConfig) -> Iterator[str]:
     known = {"": TOP_LEVEL, **SECTIONS}
-    problems = []
     for path, names in known.items():
         prefix = f"{path}." if path else ""
         for key in at(config, path) or ():
             if key not in names and prefix + key not in REFUSED:
-                problems.append(f"unknown key {prefix + key!r}.{nearest(key, names)}")
-            if len(problems) == MOST_PROBLEMS:
-                return problems
-    return problems
+                yield f"unknown key {prefix + key!r}.{nearest(key, names)}"
 
 
-def _left_auto(config: DsConfig, prefix: str = "") -> list[str]:
+def _left_auto(config: DsConfig, prefix: str = "") -> Iterator[str]:
     """Every "auto" that neither mora_ds fills nor DeepSpeed understands."""
-    problems = []
     for key, value in config.items():
         path = prefix + key
         if isinstance(value, dict):
-            problems += _left_auto(value, f"{path}.")
+            yield from _left_auto(value, f"{path}.")
         elif value == AUTO and key not in _KEEP_AUTO:
-            problems.append(
-                f'{path}: "auto" works only for settings that `mora-ds pretrain` has a flag for; write a value'
-            )
-    return problems
+            yield f'{path}: "auto" works only for settings that `mora-ds pretrain` has a flag for; write a value'
 
 
 # -- values ----------------------------------------------------------------------------
@@ -403,7 +391,7 @@ def _left_auto(config: DsConfig, prefix: str = "") -> list[str]:
 
 def _match_flags(
     config: DsConfig, settings: EngineSettings, world_size: int
-) -> list[str]:
+) -> Iterator[str]:
     micro = settings.micro_batch_size
     accumulation = settings.gradient_accumulation_steps
     sequences = micro * accumulation * world_size
@@ -423,39 +411,35 @@ def _match_flags(
     return fill(config, *wanted, ("train_batch_size", sequences, formula))
 
 
-def _precision(config: DsConfig, settings: EngineSettings) -> list[str]:
-    problems = []
+def _precision(config: DsConfig, settings: EngineSettings) -> Iterator[str]:
     for section, wanted in (("bf16", settings.bf16), ("fp16", settings.fp16)):
         if wanted or section in config:
             flag = f"--{section} {'is given' if wanted else 'is not given'}"
-            problems += fill(config, (f"{section}.enabled", wanted, flag))
-    return problems
+            yield from fill(config, (f"{section}.enabled", wanted, flag))
 
 
-def _zero(config: DsConfig) -> list[str]:
-    """Set our defaults for ZeRO and gradient accumulation. Returns what is refused."""
+def _zero(config: DsConfig) -> Iterator[str]:
+    """Set our defaults for ZeRO and gradient accumulation. Yields what is refused."""
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 3)
     if isinstance(stage, bool) or stage not in (1, 2, 3):
-        return [
-            f"zero_optimization.stage must be 1, 2 or 3, got {json.dumps(stage)}; 1 shards the least"
-        ]
-    problems = []
+        yield f"zero_optimization.stage must be 1, 2 or 3, got {json.dumps(stage)}; 1 shards the least"
+        return
     # DeepSpeed's default replaces torch's F.linear everywhere, and saves the inputs of
     # frozen layers
     zero.setdefault("memory_efficient_linear", False)
     zero.update({key: zero.get(key, AUTO) for key in _BUCKET_KEYS})
     if at(zero, "offload_optimizer.device") == "nvme":
-        problems.append(
+        yield (
             'zero_optimization.offload_optimizer.device = "nvme": MoRA matrices and their moments fit in host memory: '
             'use "cpu"'
         )
     for path, (value, why) in _FIXED.items():
         if at(config, path) not in (None, value):
-            problems.append(f"{path} must stay {json.dumps(value)}: {why}")
+            yield f"{path} must stay {json.dumps(value)}: {why}"
     types = config.setdefault("data_types", {})
     if types.get("grad_accum_dtype", AUTO) is None:
         # DeepSpeed's default, which is as good as absent
         del types["grad_accum_dtype"]
     why = "gradients are summed in fp32"
-    return problems + fill(config, ("data_types.grad_accum_dtype", "fp32", why))
+    yield from fill(config, ("data_types.grad_accum_dtype", "fp32", why))

@@ -6,6 +6,7 @@ source of the installed version.
 """
 
 import json
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -132,10 +133,9 @@ def at(config: DsConfig, path: str) -> Any:
     return value
 
 
-def fill(config: DsConfig, *wanted: tuple[str, Any, str]) -> list[str]:
-    """Set each (dotted path, value, reason) whose path is missing or "auto". Returns a
+def fill(config: DsConfig, *wanted: tuple[str, Any, str]) -> Iterator[str]:
+    """Set each (dotted path, value, reason) whose path is missing or "auto". Yields a
     message for each path with another value."""
-    problems = []
     for path, value, why in wanted:
         *sections, key = path.split(".")
         section = config
@@ -144,28 +144,23 @@ def fill(config: DsConfig, *wanted: tuple[str, Any, str]) -> list[str]:
         if section.get(key, AUTO) in (AUTO, value):
             section[key] = value
         else:
-            problems.append(
-                f'{path} = {json.dumps(section[key])} but {why}; set it to "auto"'
-            )
-    return problems
+            yield f'{path} = {json.dumps(section[key])} but {why}; set it to "auto"'
 
 
 DEFAULTS = {"zero_optimization.zero_hpz_partition_size": 1}
 """Unsupported key -> its default, with which it has no effect."""
 
 
-def refused_keys(config: DsConfig, table: dict[str, str]) -> list[str]:
-    """Remove all keys of `table` from the config. Returns a message for each that was
+def refused_keys(config: DsConfig, table: dict[str, str]) -> Iterator[str]:
+    """Remove all keys of `table` from the config. Yields a message for each that was
     set."""
-    problems = []
     for path, reason in table.items():
         parent, _, key = path.rpartition(".")
         holder = at(config, parent)
         if not holder or key not in holder:
             continue
         if holder.pop(key) not in (*DISABLED_VALUES, DEFAULTS.get(path)):
-            problems.append(f'"{path}" cannot be used: {reason}')
-    return problems
+            yield f'"{path}" cannot be used: {reason}'
 
 
 _SECRETS = ("key", "token", "secret", "password")

@@ -10,6 +10,7 @@ Written against DeepSpeed 0.19.8: runtime/engine.py, `_configure_basic_optimizer
 """
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from mora_ds.engine.ds_keys import (
@@ -40,8 +41,8 @@ def match_optimizer(
     kind: OptimizerKind,
     learning_rate: float,
     other_learning_rate: float,
-) -> list[str]:
-    """Fill in the values of the flags. Returns a message for each contradiction."""
+) -> Iterator[str]:
+    """Fill in the values of the flags. Yields a message for each contradiction."""
     main_rate = f"--learning_rate = {learning_rate}"
     wanted: list[tuple[str, Any, str]] = [
         ("optimizer.type", _NAMES[kind], f"--optimizer = {kind.value}")
@@ -63,57 +64,45 @@ def uses_muon(ds_config: DsConfig) -> bool:
     return at(ds_config, "optimizer.type") == _NAMES[OptimizerKind.MUON]
 
 
-def optimizer_problems(config: DsConfig) -> list[str]:
+def optimizer_problems(config: DsConfig) -> Iterator[str]:
     """Set our defaults: torch's AdamW, which needs no compiler, also for states
-    offloaded to the CPU; and no logs of DeepSpeed. Returns the problems of the
+    offloaded to the CPU; and no logs of DeepSpeed. Yields the problems of the
     config."""
     optimizer = config.setdefault("optimizer", {})
     kind = optimizer.setdefault("type", "AdamW")
     params = optimizer.setdefault("params", {})
-    why = "DeepSpeed's own Adam keeps its steps elsewhere"
-    problems = fill(config, ("optimizer.params.torch_adam", True, why))
     config.setdefault("steps_per_print", NEVER)
     config.setdefault("wall_clock_breakdown", False)
     if kind not in _NAMES.values():
-        return [
-            f"optimizer.type must be AdamW or Muon, got {json.dumps(kind)}: merges reset the optimizer's state"
-        ]
+        yield f"optimizer.type must be AdamW or Muon, got {json.dumps(kind)}: merges reset the optimizer's state"
+        return
+    why = "DeepSpeed's own Adam keeps its steps elsewhere"
+    yield from fill(config, ("optimizer.params.torch_adam", True, why))
     misplaced = params.keys() & (ONLY_FOR_ADAM if uses_muon(config) else ONLY_FOR_MUON)
-    problems += [
-        f"optimizer.params.{key} is not for {kind}" for key in sorted(misplaced)
-    ]
+    for key in sorted(misplaced):
+        yield f"optimizer.params.{key} is not for {kind}"
     if params.get("fused") and params.get("foreach"):
-        problems.append(
-            "optimizer.params.fused and foreach exclude each other: set one of them"
-        )
+        yield "optimizer.params.fused and foreach exclude each other: set one of them"
     if uses_muon(config):
-        problems += _muon(config)
-    return problems
+        yield from _muon(config)
 
 
-def _muon(config: DsConfig) -> list[str]:
-    """Set values required by Muon. Returns a message for each setting that Muon does
+def _muon(config: DsConfig) -> Iterator[str]:
+    """Set values required by Muon. Yields a message for each setting that Muon does
     not support."""
     zero = config["zero_optimization"]
-    problems = refused_keys(config, REFUSED_WITH_MUON)
+    yield from refused_keys(config, REFUSED_WITH_MUON)
     if zero.get("stage") == 3:
         unsharded = "Muon needs unsharded gradients at stage 3"
-        problems += fill(config, ("zero_optimization.reduce_scatter", False, unsharded))
+        yield from fill(config, ("zero_optimization.reduce_scatter", False, unsharded))
         # Otherwise gradients and Muon's momentum would be gathered in low precision,
         # and the momentum also stored in it
         precise = "Muon's momentum is kept in that dtype at stage 3"
-        problems += fill(config, ("communication_data_type", "fp32", precise))
+        yield from fill(config, ("communication_data_type", "fp32", precise))
     if at(zero, "offload_optimizer.device") not in (None, "none"):
-        problems.append(
-            "zero_optimization.offload_optimizer is for AdamW: --optimizer muon keeps a single momentum"
-        )
+        yield "zero_optimization.offload_optimizer is for AdamW: --optimizer muon keeps a single momentum"
     method = at(config, "optimizer.params.ns_method")
     if method not in (None, "gram", "standard"):
-        problems.append(
-            f'optimizer.params.ns_method must be "gram" or "standard", got {json.dumps(method)}'
-        )
+        yield f'optimizer.params.ns_method must be "gram" or "standard", got {json.dumps(method)}'
     if zero.get("compute_grad_norm") is False:
-        problems.append(
-            "zero_optimization.compute_grad_norm must stay true with Muon, because clipping needs it"
-        )
-    return problems
+        yield "zero_optimization.compute_grad_norm must stay true with Muon, because clipping needs it"
