@@ -53,9 +53,9 @@ class ShapeRow:
     """All layers of one name ending and shape, e.g. the 32 q_proj of a model."""
 
     name: str
-    count: int
     d_in: int
     d_out: int
+    count: int
     size: int
     """r_hat (the smallest, where a plan gives the layers several), or a rank."""
     params: int
@@ -395,12 +395,15 @@ def _shape_rows(specs: Mapping[str, UpdateSpec]) -> tuple[ShapeRow, ...]:
     for name, spec in specs.items():
         kind = (ending_of(name), spec.d_in, spec.d_out)
         groups.setdefault(kind, []).append(spec)
-    rows = []
-    for (ending, d_in, d_out), alike in groups.items():
-        size = min(spec.size for spec in alike)
-        params = sum(math.prod(spec.trained_shape) for spec in alike)
-        rows.append(ShapeRow(ending, len(alike), d_in, d_out, size, params))
-    return tuple(rows)
+    return tuple(
+        ShapeRow(
+            *kind,
+            count=len(alike),
+            size=min(spec.size for spec in alike),
+            params=sum(math.prod(spec.trained_shape) for spec in alike),
+        )
+        for kind, alike in groups.items()
+    )
 
 
 def layer_for(

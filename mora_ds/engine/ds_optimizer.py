@@ -11,7 +11,6 @@ Written against DeepSpeed 0.19.8: runtime/engine.py, `_configure_basic_optimizer
 
 import json
 from collections.abc import Iterator
-from typing import Any
 
 from mora_ds.engine.ds_keys import (
     ONLY_FOR_ADAM,
@@ -44,19 +43,18 @@ def match_optimizer(
 ) -> Iterator[str]:
     """Fill in the values of the flags. Yields a message for each contradiction."""
     main_rate = f"--learning_rate = {learning_rate}"
-    wanted: list[tuple[str, Any, str]] = [
-        ("optimizer.type", _NAMES[kind], f"--optimizer = {kind.value}")
-    ]
-    if kind is OptimizerKind.MUON:
-        rest_rate = f"--embedding_learning_rate = {other_learning_rate}"
-        wanted += [
-            ("optimizer.params.momentum", MUON_MOMENTUM, f"it is {MUON_MOMENTUM} here"),
-            ("optimizer.params.muon_lr", learning_rate, main_rate),
-            ("optimizer.params.lr", other_learning_rate, rest_rate),
-        ]
-    else:
-        wanted.append(("optimizer.params.lr", learning_rate, main_rate))
-    return fill(config, *wanted)
+    named = f"--optimizer = {kind.value}"
+    yield from fill(config, ("optimizer.type", _NAMES[kind], named))
+    if kind is not OptimizerKind.MUON:
+        yield from fill(config, ("optimizer.params.lr", learning_rate, main_rate))
+        return
+    rest_rate = f"--embedding_learning_rate = {other_learning_rate}"
+    yield from fill(
+        config,
+        ("optimizer.params.momentum", MUON_MOMENTUM, f"it is {MUON_MOMENTUM} here"),
+        ("optimizer.params.muon_lr", learning_rate, main_rate),
+        ("optimizer.params.lr", other_learning_rate, rest_rate),
+    )
 
 
 def uses_muon(ds_config: DsConfig) -> bool:

@@ -166,15 +166,12 @@ def layout_of(engine: zero.Engine) -> Layout:
     view = view_of(engine)
     scaler = view.loss_scaler
     parameters = _parameters(engine)
-    groups = []
-    for group in view.groups():
-        members = [parameters[id(parameter)] for parameter in group]
-        groups.append({member.name: list(member.shape) for member in members})
+    groups = [[parameters[id(weight)] for weight in group] for group in view.groups()]
     return Layout(
         world_size=dist.get_world_size(),
         stage=int(engine.zero_optimization_stage()),
         optimizer=type(engine.basic_optimizer).__name__,
-        groups=groups,
+        groups=[{one.name: list(one.shape) for one in group} for group in groups],
         counters={name: int(getattr(engine, name)) for name in COUNTERS},
         scaler={
             name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)

@@ -562,7 +562,10 @@ def operator_map(
     """A map of `MAPS` as one operation of a graph of `torch.compile`, which cannot
     trace how the tables are made. `sizes`: D, O, R of the operator. The seed is a
     tensor, so that one graph serves layers and cycles with other permutations."""
-    spec = OperatorSpec(OperatorKind(kind), *sizes, Grouping(grouping), int(seed))
+    d_in, d_out, r_hat = sizes
+    spec = OperatorSpec(
+        OperatorKind(kind), d_in, d_out, r_hat, Grouping(grouping), int(seed)
+    )
     kept_tables(spec, x.device)
     return MAPS[name][transpose](spec, x).contiguous()
 
@@ -577,7 +580,8 @@ def _empty_result(
     sizes: Sequence[int],
     grouping: str,
 ) -> Tensor:
-    spec = OperatorSpec(OperatorKind(kind), *sizes, Grouping(grouping))
+    d_in, d_out, r_hat = sizes
+    spec = OperatorSpec(OperatorKind(kind), d_in, d_out, r_hat, Grouping(grouping))
     blocks = (spec.blocks, spec.r_hat)
     of_map = {"compress": ((spec.d_in,), blocks), "decompress": (blocks, (spec.d_out,))}
     before, after = of_map[name][::-1] if transpose else of_map[name]
