@@ -19,7 +19,7 @@ import torch
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from mora_ds.adapters.ops.mora import linear_map
+from mora_ds.adapters.ops.mora import LinearMapFunction
 from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import TENSOR, check_world
 
@@ -143,7 +143,7 @@ def sum_gradient(x: Tensor, topology: Topology) -> Tensor:
     def summed(gradient: Tensor) -> Tensor:
         return topology.sum_(gradient.clone(memory_format=torch.contiguous_format))
 
-    return linear_map(x, lambda x: x.view_as(x), summed)
+    return LinearMapFunction.apply(x, lambda x: x.view_as(x), summed)
 
 
 def all_gather(shard: Tensor, topology: Topology, r_hat: int) -> Tensor:
@@ -156,7 +156,7 @@ def all_gather(shard: Tensor, topology: Topology, r_hat: int) -> Tensor:
         start, stop = topology.shard_range(r_hat)
         return gradient[..., start:stop]
 
-    return linear_map(shard, gather, slice_gradient)
+    return LinearMapFunction.apply(shard, gather, slice_gradient)
 
 
 class Sum(torch.autograd.Function):

@@ -264,7 +264,7 @@ def _mapped(name: str, spec: Maps, x: Tensor) -> Tensor:
         grouping = spec.grouping.value
         return operator_map(x, spec.seed_tensor, name, False, kind, sizes, grouping)
     apply, transpose = MAPS[name]
-    return linear_map(x, partial(apply, spec), partial(transpose, spec))
+    return LinearMapFunction.apply(x, partial(apply, spec), partial(transpose, spec))
 
 
 def compress_directly(spec: Maps, x: Tensor) -> Tensor:
@@ -513,19 +513,10 @@ def add_input_gradient_(
     return g_x.add_(unfold_input(spec, sums @ mora_matrix))
 
 
-def linear_map(
-    x: Tensor,
-    apply: Callable[[Tensor], Tensor],
-    transpose: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """apply(x), whose gradient is transpose(g). Recorded term by term, a backward pass
-    of sums with many terms would copy the gradient of all that is gathered once a
-    term."""
-    return LinearMapFunction.apply(x, apply, transpose)
-
-
 class LinearMapFunction(torch.autograd.Function):
-    """The linear map of `linear_map`, with its transpose as gradient."""
+    """A linear map of x, `apply`, whose gradient is `transpose` of the output's. Recorded
+    term by term, a backward pass of sums with many terms would copy the gradient of all
+    that is gathered once a term."""
 
     @staticmethod
     def forward(
