@@ -78,4 +78,4 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 def nbytes_of(value: Any) -> int:
     """Bytes of the tensors among a collective's arguments."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(value))
+    return sum(tensor.nbytes for tensor in tensors_of(value))
