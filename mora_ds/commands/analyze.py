@@ -13,7 +13,6 @@ Exit code 2: an error that you can correct in the command.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,7 @@ from mora_ds.runtime.cli import (
 )
 
 if TYPE_CHECKING:
-    from mora_ds.research.analyze import GradientMeasures
+    from mora_ds.research.analyze import LayerMeasures
 
 
 @named_as_flags("target_modules")
@@ -50,7 +49,6 @@ def main() -> None:
     check_device(options.device)
     from mora_ds.models.base import BaseCheckpoint
     from mora_ds.research.analyze import (
-        LayerMeasures,
         allocate_budget,
         layers_of,
         measure,
@@ -67,13 +65,12 @@ def main() -> None:
     budget = None
     if options.write is not None:
         budget = parse_budget(options.trainable_budget, parameters)
-    layers: Sequence[LayerMeasures]
     if options.probe:
-        layers = gradients = _probe(options)
-        say(*probe_lines(gradients))
+        layers = _probe(options)
+        say(*probe_lines(layers))
     else:
-        layers = weights = [measure(name, base.read(key)) for name, key in keys.items()]
-        say(*report_lines(weights))
+        layers = [measure(name, base.read(key)) for name, key in keys.items()]
+        say(*report_lines(layers))
     if budget is not None:
         plan = TargetPlan(base.fingerprint(), allocate_budget(layers, budget))
         plan.write(options.write)
@@ -82,7 +79,7 @@ def main() -> None:
         say(f"wrote {options.write}: {contents}")
 
 
-def _probe(options: argparse.Namespace) -> list[GradientMeasures]:
+def _probe(options: argparse.Namespace) -> list[LayerMeasures]:
     """The gradients of MoRA matrices of zeros, on the first windows of --probe."""
     import torch
 
