@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from mora_ds.peft.config import MoraConfig
 from mora_ds.peft.register import PREFIX
 
 
-class OperatorSeeds(nn.Module):
+class OperatorSeeds(BufferDict):
     """Name of the adapter -> seed of its permutations, as a buffer that is saved and
     loaded with the adapter's weights.
 
@@ -34,20 +35,8 @@ class OperatorSeeds(nn.Module):
 
     def __init__(self, specs: dict[str, OperatorSpec]) -> None:
         """`specs`: the layer's operators, which get the loaded seeds."""
-        super().__init__()
+        super().__init__(persistent=True)
         self.specs = specs
-
-    def __setitem__(self, adapter: str, seed: int) -> None:
-        self.register_buffer(adapter, torch.tensor(seed))
-
-    def __delitem__(self, adapter: str) -> None:
-        del self._buffers[adapter]
-
-    def __contains__(self, adapter: str) -> bool:
-        return adapter in self._buffers
-
-    def keys(self) -> list[str]:
-        return list(self._buffers)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # transformers assigns loaded tensors (core_model_loading.py,
@@ -109,7 +98,7 @@ class MoraLinear(nn.Module, BaseTunerLayer):
     def set_operator(self, adapter: str, spec: OperatorSpec) -> None:
         """Give an adapter its operator, the seed included."""
         self.mora_spec[adapter] = spec
-        self.mora_seed[adapter] = spec.seed
+        self.mora_seed[adapter] = torch.tensor(spec.seed)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` may decompose `get_delta_weight`."""
