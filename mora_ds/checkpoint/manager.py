@@ -425,7 +425,9 @@ def _write(
     """A rank's files: one of tensors, and those of its sections."""
     write_rank_file(own, tensors)
     for part in gathered:
-        part.write(own)
+        part.check()
+        if dist.get_rank() == 0:
+            part.write(own)
 
 
 def write_rank_file(own: CheckpointFiles, tensors: Tensors) -> None:

@@ -70,13 +70,13 @@ from mora_ds.runtime.nodes import write_on_rank0
 from mora_ds.runtime.ranks import Ranks
 
 
+@dataclass
 class CheckpointFiles:
     """What this rank writes into a checkpoint, and what the manifest will say of it."""
 
-    def __init__(self, storage: Storage, folder: str) -> None:
-        self.folder = folder
-        self.recorded: dict[str, JsonObject] = {}
-        self.storage = storage
+    storage: Storage
+    folder: str
+    recorded: dict[str, JsonObject] = field(default_factory=dict)
 
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:
@@ -111,10 +111,6 @@ class SavedCheckpoint:
     ranks: Ranks
 
 
-def _nothing(files: CheckpointFiles) -> None:
-    pass
-
-
 @dataclass
 class Gathered:
     """What one rank saves of a section. Writing it asks no other rank for anything,
@@ -122,7 +118,10 @@ class Gathered:
 
     tensors: Tensors = field(default_factory=dict)
     """For this rank's file; copied before training goes on."""
-    write: Callable[[CheckpointFiles], None] = _nothing
+    check: Callable[[], None] = lambda: None
+    """What every rank checks before rank 0 writes."""
+    write: Callable[[CheckpointFiles], None] = lambda files: None
+    """What rank 0 alone writes."""
     facts: Any = None
     """What rank 0 gets from every rank when all have written: of plain types, since a
     class takes as long again to read, once for each rank."""
@@ -148,6 +147,7 @@ class Section:
         """Restore what was saved. Raises `UserError`."""
 
 
+@dataclass
 class EngineSection(Section):
     """fp32 master weights, optimizer state and counters, by any number of ranks at any ZeRO stage.
 
@@ -160,8 +160,7 @@ class EngineSection(Section):
     files = (ENGINE_TAG,)
     required = (ENGINE_TAG,)
 
-    def __init__(self, engine: zero.Engine) -> None:
-        self.engine = engine
+    engine: zero.Engine
 
     def gather(self, step: int) -> Gathered:
         held = shards.partitions_of(self.engine)
@@ -185,13 +184,13 @@ class EngineSection(Section):
         shards.restore(self.engine, saved.shards)
 
 
+@dataclass
 class RandomSection(Section):
     """The random states of every rank, uint8 (bytes,), in its file."""
 
     name = "random"
 
-    def __init__(self, state: TrainerState) -> None:
-        self.state = state
+    state: TrainerState
 
     def gather(self, step: int) -> Gathered:
         states = {f"{RNG}.cpu": torch.get_rng_state()}
@@ -219,6 +218,7 @@ class RandomSection(Section):
         torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+@dataclass
 class StateSection(Section):
     """How far the run has come: the step, the position in the data, the learning-rate
     scheduler. Who resumes reads the state first, to compare its identity."""
@@ -227,21 +227,15 @@ class StateSection(Section):
     files = (STATE_FILE,)
     required = (STATE_FILE,)
 
-    def __init__(self, engine: zero.Engine, state: TrainerState) -> None:
-        self.engine = engine
-        self.state = state
+    engine: zero.Engine
+    state: TrainerState
 
     def gather(self, step: int) -> Gathered:
         self.state.step = step
         self.state.scheduler = scheduler_state(self.engine.lr_scheduler)
         # A copy, since training goes on while it is written
         content = asdict(self.state)
-
-        def write(files: CheckpointFiles) -> None:
-            if torch.distributed.get_rank() == 0:
-                files.json(STATE_FILE, content)
-
-        return Gathered(write=write)
+        return Gathered(write=lambda files: files.json(STATE_FILE, content))
 
     def load(self, saved: SavedCheckpoint) -> None:
         self.state.world_size = saved.ranks.world
@@ -256,6 +250,7 @@ class StateSection(Section):
             group["lr"] = rate
 
 
+@dataclass
 class LedgerSection(Section):
     """The merge ledger, a copy of the run's own: hard links where the storage has
     them."""
@@ -264,19 +259,15 @@ class LedgerSection(Section):
     files = (LEDGER_FOLDER,)
     required = (LEDGER_FOLDER,)
 
-    def __init__(self, remora: ReMoRA) -> None:
-        self.remora = remora
+    remora: ReMoRA
 
     def gather(self, step: int) -> Gathered:
         ledger = self.remora.ledger.snapshot()
         self.remora.sums.keep = ledger.head
-
-        def write(files: CheckpointFiles) -> None:
-            _check_cycles(ledger)
-            if torch.distributed.get_rank() == 0:
-                _write_ledger(files, ledger)
-
-        return Gathered(write=write)
+        return Gathered(
+            check=lambda: _check_cycles(ledger),
+            write=lambda files: _write_ledger(files, ledger),
+        )
 
     def load(self, saved: SavedCheckpoint) -> None:
         """Rank 0 writes the run's ledger, and hashes what it has written."""
@@ -321,14 +312,9 @@ class AdapterSection(Section):
     """The adapter's matrices and other trained tensors, as an export reads them, what
     its base is, and the logits of a probe."""
 
-    name: ClassVar[str] = "adapter"
-    files: ClassVar[tuple[str, ...]] = (
-        ADAPTER_JSON,
-        ADAPTER_TENSORS,
-        BASE_JSON,
-        PROBE_FILE,
-    )
-    required: ClassVar[tuple[str, ...]] = (ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON)
+    name = "adapter"
+    files = (ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON, PROBE_FILE)
+    required = (ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON)
 
     remora: ReMoRA
     reference: BaseReference
@@ -374,8 +360,6 @@ class AdapterSection(Section):
         )
 
         def write(files: CheckpointFiles) -> None:
-            if torch.distributed.get_rank() != 0:
-                return
             tensors = adapter_tensors(
                 adapter, mora_matrices, trained, domain_mora_matrices
             )
@@ -406,21 +390,21 @@ class AdapterSection(Section):
                 layer.set_fixed(tensors.mora_matrix(name))
 
 
+@dataclass
 class TokenizerSection(Section):
     """The tokenizer's folder. The start of a run takes it, before there is a model."""
 
     name = "tokenizer"
     files = (TOKENIZER_FOLDER,)
 
-    def __init__(self, folder: Path | None) -> None:
-        """`folder`: None where the run has no tokenizer."""
-        self.folder = folder
+    folder: Path | None
+    """None where the run has no tokenizer."""
 
     def gather(self, step: int) -> Gathered:
         return Gathered(write=self._write)
 
     def _write(self, files: CheckpointFiles) -> None:
-        if self.folder is None or torch.distributed.get_rank() != 0:
+        if self.folder is None:
             return
         require_plain(self.folder)
         for source in sorted(filter(Path.is_file, self.folder.rglob("*"))):

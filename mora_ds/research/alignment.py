@@ -19,6 +19,7 @@ Shape legend:  O = d_out, D = d_in, R = r_hat, N = blocks that M is applied to.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -232,6 +233,7 @@ def _layer_share(layer: AdaptedLinear, parameter: Tensor, leading: Leading) -> T
 # -- its part of a checkpoint ----------------------------------------------------------
 
 
+@dataclass
 class AlignmentSection(Section):
     """The leading directions, so that a resumed run has the same bits on any machine."""
 
@@ -239,15 +241,12 @@ class AlignmentSection(Section):
     files = (FILE,)
     required = (FILE,)
 
-    def __init__(self, alignment: Alignment) -> None:
-        self.alignment = alignment
+    alignment: Alignment
 
     def gather(self, step: int) -> Gathered:
         return Gathered(write=self._write)
 
     def _write(self, files: CheckpointFiles) -> None:
-        if torch.distributed.get_rank() != 0:
-            return
         tensors: Tensors = {}
         for name, leading in self.alignment.leading.items():
             for field, tensor in leading._asdict().items():
