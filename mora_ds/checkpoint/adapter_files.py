@@ -36,7 +36,6 @@ from mora_ds.checkpoint.layout import (
     PROBE_FILE,
     STATE_FILE,
     TOKENIZER_FOLDER,
-    LedgerLocation,
 )
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import (
@@ -240,16 +239,6 @@ def read_adapter(folder: Path) -> AdapterFile:
                 raise UserError(
                     f"domains: {min(lonely)} has no matrix, or none that is shared"
                 )
-    return adapter
-
-
-def live_adapter(location: LedgerLocation) -> AdapterFile | None:
-    """adapter.json of the location's checkpoint, if it is one. Raises `UserError` when
-    its MoRA matrices do not follow the last cycle of the ledger."""
-    if location.checkpoint is None:
-        return None
-    adapter = read_adapter(location.checkpoint)
-    adapter.check_ledger(location.open(hashes=False))
     return adapter
 
 

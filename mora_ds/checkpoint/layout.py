@@ -146,21 +146,18 @@ def _candidate(path: Path, marks: Sequence[str]) -> Path | None:
 
 @dataclass(frozen=True)
 class LedgerLocation:
-    """Where a merge ledger lies, and what belongs to it."""
+    """A merge ledger, and what belongs to it."""
 
-    ledger: Path
+    ledger: Ledger
     checkpoint: Path | None
     """The checkpoint that was named, links resolved; None if it was a ledger or a
     run."""
 
-    def open(self, hashes: bool = True) -> Ledger:
-        """Raises `UserError` as `Ledger.open` does."""
-        return Ledger.open(self.ledger, hashes=hashes)
-
 
 def find_ledger(path: Path) -> LedgerLocation:
     """`path` is a ledger's folder, a checkpoint (or a link to one), or a run's output
-    folder, whose own ledger is meant. Raises `UserError` where there is no ledger."""
+    folder, whose own ledger is meant. Raises `UserError` where there is no ledger, and
+    as `Ledger.open` does."""
     checkpoint = None
     if (path / LEDGER_FILE).is_file():
         ledger = path
@@ -174,4 +171,4 @@ def find_ledger(path: Path) -> LedgerLocation:
             f"{path} holds no ledger: name a ledger folder, a checkpoint, or the output folder of a run"
         )
     require_plain(ledger)
-    return LedgerLocation(ledger, checkpoint)
+    return LedgerLocation(Ledger.open(ledger), checkpoint)

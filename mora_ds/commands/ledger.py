@@ -17,7 +17,7 @@ from mora_ds.common.errors import named_as_flags
 from mora_ds.runtime.cli import add_action, command_parser, say, shared_flags, table
 
 if TYPE_CHECKING:
-    from mora_ds.checkpoint.layout import LedgerLocation
+    from mora_ds.remora.ledger import Ledger
 
 
 @named_as_flags("output", "weights", "target_modules", base_folder="--base")
@@ -27,7 +27,7 @@ def main() -> None:
     from mora_ds.deploy.combine import combine_adapters
 
     if options.action == "show":
-        lines = _cycles(find_ledger(options.path))
+        lines = _cycles(find_ledger(options.path).ledger)
     else:
         lines = combine_adapters(
             options.path, options.weights, options.output, options.base
@@ -35,9 +35,8 @@ def main() -> None:
     say(*lines)
 
 
-def _cycles(location: LedgerLocation) -> list[str]:
+def _cycles(ledger: Ledger) -> list[str]:
     """One line a cycle, below the base that they are of."""
-    ledger = location.open()
     rows = [["cycle", "step", "layers", "operator", "MiB"]]
     for record in ledger.records:
         layers = ledger.layers(record.cycle)

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from mora_ds.adapters.ops.spec import Update, additive
-from mora_ds.checkpoint.adapter_files import AdapterTensors, live_adapter
+from mora_ds.checkpoint.adapter_files import AdapterTensors, read_adapter
 from mora_ds.checkpoint.layout import LedgerLocation
 from mora_ds.common.errors import UserError, nearest
 from mora_ds.runtime.cli import table
@@ -91,15 +91,20 @@ def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
     the shell-style `pattern`; experts are separate layers. The MoRA matrices of one
     layer are in memory at a time. Raises `UserError` if no layer matches
     (`--layers`)."""
-    ledger = location.open()
-    adapter = live_adapter(location)
-    merged = [
-        module for cycle in range(ledger.cycles) for module in ledger.layers(cycle)
-    ]
-    known = list(dict.fromkeys([*merged, *(adapter.layers if adapter else ())]))
+    ledger = location.ledger
+    of_cycles = [ledger.layers(cycle) for cycle in range(ledger.cycles)]
+    steps = [record.step for record in ledger.records]
+    live = None
+    if location.checkpoint is not None:
+        adapter = read_adapter(location.checkpoint)
+        adapter.check_ledger(ledger)
+        live = AdapterTensors(location.checkpoint, adapter)
+        of_cycles.append(adapter.layers)
+        steps.append(adapter.step)
+    known = list(dict.fromkeys(module for layers in of_cycles for module in layers))
     if not known:
         raise UserError(
-            f"{location.ledger} has no cycles: nothing was merged yet; give a checkpoint for its current matrices"
+            f"{ledger.folder} has no cycles: nothing was merged yet; give a checkpoint for its current matrices"
         )
     modules = [module for module in known if fnmatchcase(module, pattern)]
     if not modules:
@@ -107,16 +112,11 @@ def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
             f"--layers {pattern!r} matches none of the {len(known)} layers.{nearest(pattern, known)}"
         )
     for module in modules:
-        cycles = [
-            cycle for cycle in range(ledger.cycles) if module in ledger.layers(cycle)
-        ]
-        origins = [(cycle, ledger.records[cycle].step, False) for cycle in cycles]
+        cycles = [cycle for cycle, layers in enumerate(of_cycles) if module in layers]
         updates = list(ledger.mora_matrices_of(module))
-        if adapter is not None and module in adapter.layers:
-            assert location.checkpoint is not None, "a live adapter is in a checkpoint"
-            origins.append((ledger.cycles, adapter.step, True))
-            live = AdapterTensors(location.checkpoint, adapter).mora_matrix(module)
-            updates.append((adapter.layers[module].operator, live))
+        if live is not None and module in of_cycles[-1]:
+            operator = of_cycles[-1][module].operator
+            updates.append((operator, live.mora_matrix(module)))
         for spec, _ in updates:
             # The size of a delta comes from a file, which may be wrong.
             what = f"{module}: a delta of {spec.d_out} x {spec.d_in}"
@@ -124,9 +124,9 @@ def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
         for name, history in histories(module, updates):
             spec, _ = history[0]
             side = min(spec.d_in, spec.d_out)
-            after_cycles = zip(origins, layer_spectra(history), strict=True)
-            for (cycle, step, is_live), spectrum in after_cycles:
-                yield Row(name, cycle, step, is_live, side, spectrum)
+            for cycle, spectrum in zip(cycles, layer_spectra(history), strict=True):
+                is_live = cycle == ledger.cycles
+                yield Row(name, cycle, steps[cycle], is_live, side, spectrum)
 
 
 def spectrum_lines(rows: Sequence[Row]) -> list[str]:

@@ -8,7 +8,8 @@ from tests.helpers.tools import call
 def test_every_folder_of_a_run_leads_to_its_ledger(original, tmp_path):
     latest = original.output / "checkpoints/latest"
     of_run = find_ledger(original.output)
-    assert (of_run.ledger, of_run.checkpoint) == (original.output / "ledger", None)
+    assert of_run.ledger.folder == original.output / "ledger"
+    assert of_run.checkpoint is None
     assert find_ledger(original.output / "ledger").checkpoint is None
     for path in (original.checkpoint, latest):
         assert find_ledger(path).checkpoint == original.checkpoint.resolve()
