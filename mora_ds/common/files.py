@@ -122,6 +122,19 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def writable(flag: str, folder: Path) -> Iterator[None]:
+    """A context that raises `RunError` for a full disk, and for any other `OSError`,
+    such as of a read-only disk, a `UserError` that names the flag and its folder."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        if error.errno in DISK_FULL:
+            raise RunError(f"the disk that holds {folder} is full: {why}") from error
+        raise UserError(f"{flag} {folder} cannot be written to: {why}") from error
+
+
 def fsync(path: Path) -> None:
     """Flush a file, or the renames inside a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)

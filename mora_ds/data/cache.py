@@ -47,8 +47,9 @@ from mora_ds.common.files import (
     is_abandoned,
     json_digest,
     read_json,
+    writable,
 )
-from mora_ds.data.content_index import content_hashes, writable
+from mora_ds.data.content_index import content_hashes
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.readers import batched
 from mora_ds.data.token_files import TokenFile
@@ -356,7 +357,7 @@ def _build(
     folder = part.folder
     # Not by `tempfile`, whose folders are private, because users may share a cache.
     temporary = folder.with_name(f"{folder.name}{_TEMPORARY}{uuid4().hex}")
-    with writable(folder.parent):
+    with writable("--cache_dir", folder.parent):
         temporary.mkdir()
     try:
         with disk_errors(folder.parent), at_work(temporary):

@@ -5,14 +5,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.files import DISK_FULL, json_digest
+from mora_ds.common.files import json_digest, writable
 from mora_ds.common.untrusted import parse_json, read_text
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.members import Member
@@ -24,7 +22,7 @@ _ENTRY_BYTES = 1 << 10
 def content_hashes(corpus: Corpus, cache_dir: Path, threads: int) -> list[str]:
     """The hash of every member's contents, in order. Reads a member only if it is new
     or changed. Raises `UserError` for a `cache_dir` that cannot be written to."""
-    with writable(cache_dir):
+    with writable("--cache_dir", cache_dir):
         (cache_dir / "index").mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(threads) as pool:  # hashing releases the GIL
         return list(pool.map(partial(_content_hash, cache_dir), corpus.members))
@@ -36,7 +34,7 @@ def _content_hash(cache_dir: Path, member: Member) -> str:
     content_hash = _read_entry(entry)
     if content_hash is None:
         content_hash = member.content_hash()
-        with writable(cache_dir):
+        with writable("--cache_dir", cache_dir):
             _write_entry(entry, content_hash)
     return content_hash
 
@@ -63,18 +61,3 @@ def _write_entry(entry: Path, content_hash: str) -> None:
 
 def _checksum(content_hash: str) -> str:
     return hashlib.sha256(content_hash.encode()).hexdigest()[:16]
-
-
-@contextmanager
-def writable(cache_dir: Path) -> Iterator[None]:
-    """A context that raises `RunError` for a full disk, and `UserError` for any other
-    `OSError`, such as of a read-only disk."""
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or error
-        if error.errno in DISK_FULL:
-            raise RunError(f"the disk that holds {cache_dir} is full: {why}") from error
-        raise UserError(
-            f"--cache_dir {cache_dir} cannot be written to: {why}"
-        ) from error

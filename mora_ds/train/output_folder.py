@@ -16,8 +16,8 @@ import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +32,14 @@ from mora_ds.checkpoint.layout import (
     SUMMARY_FILE,
     TOKENIZER_FOLDER,
 )
-from mora_ds.common.errors import UserError
-from mora_ds.common.files import disk_errors, link_or_copy, write_json_atomic
+from mora_ds.checkpoint.manager import complete_checkpoints
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import (
+    disk_errors,
+    link_or_copy,
+    writable,
+    write_json_atomic,
+)
 from mora_ds.common.untrusted import plain_json, read_text
 from mora_ds.remora.sums import SUMS_FOLDER
 from mora_ds.train.profile import PROFILE
@@ -82,7 +88,9 @@ class Reservation:
         if (self.folder / STARTING).exists():
             return
         is_run = holds_run(self.folder)
-        if is_run and not (overwrite or resume):
+        # Checkpoints may lie in another storage than the folder
+        is_taken = is_run or complete_checkpoints(self.folder / CHECKPOINTS)
+        if is_taken and not (overwrite or resume):
             raise UserError(
                 f"--output_dir {self.folder} holds another run: choose another folder, continue it with "
                 "--resume_from_checkpoint auto, or delete it with --overwrite_output_dir"
@@ -99,7 +107,7 @@ class Reservation:
             )
         if resume and exports:
             check_merged(self.folder / MERGED_FOLDER)
-        with _writing(self.folder):
+        with writable("--output_dir", self.folder):
             if is_run:
                 (self.folder / ASIDE).mkdir()
                 if resume:
@@ -108,7 +116,8 @@ class Reservation:
                         self.folder, [name for name in changed if name in owned]
                     )
                 else:
-                    _set_aside(self.folder, owned)
+                    for name in owned:
+                        (self.folder / name).rename(self.folder / ASIDE / name)
             # What is there now is the earlier run's or the user's: the start-up makes
             # none of it.
             makes = [name for name in NAMES if not os.path.lexists(self.folder / name)]
@@ -143,13 +152,13 @@ def reserve(folder: Path) -> Reservation:
     new_folders = tuple(path for path in (folder, *folder.parents) if not path.exists())
     had_lock_file = (folder / LOCK).exists()
     try:
-        with _writing(folder):
+        with writable("--output_dir", folder):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
             _lock(folder)
             shutil.rmtree(folder / DELETING, ignore_errors=True)
             _undo(folder)
-    except UserError:
+    except (UserError, RunError):
         _remove_empty(new_folders)
         raise
     reservation = _reservations[folder.resolve()] = Reservation(
@@ -183,7 +192,7 @@ def join(folder: Path) -> None:
     node that does not see rank 0's folder."""
     path = folder.resolve() / LOCK
     if path.parent not in _locks and path.is_file():
-        with _writing(folder):
+        with writable("--output_dir", folder):
             file = _locks[path.parent] = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         _try_lock(file, fcntl.LOCK_SH, _OTHERS)
 
@@ -245,17 +254,6 @@ def _check_owned(folder: Path) -> None:
             f"--output_dir {folder} holds {', '.join(present)}, and no run that has made it (no run.yaml that a "
             f"run has written). A run would replace it: choose another folder, or move it away{lost}"
         )
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turn an `OSError` into a `UserError` that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {folder} cannot be written to: {error.strerror or error}"
-        ) from error
 
 
 # -- the lock --------------------------------------------------------------------------
@@ -361,11 +359,6 @@ def _undo(folder: Path) -> None:
         (aside / name).rename(folder / name)
     if aside.is_dir():
         shutil.rmtree(aside)  # the start of a copy
-
-
-def _set_aside(folder: Path, names: Iterable[str]) -> None:
-    for name in names:
-        (folder / name).rename(folder / ASIDE / name)
 
 
 def _copy_aside(folder: Path, names: Iterable[str]) -> None:

@@ -252,10 +252,9 @@ def _reserve(
             checkpoint, state = _branch(decay_from, branch, root)
     if checkpoint is not None and state is not None:
         check_world_size(checkpoint, state, world // training.ranks_per_replica)
-    overwrites = training.overwrite_output_dir
-    reservation.prepare(overwrites, continues, training.export_merged)
-    if not (continues or overwrites):
-        _check_empty(root)
+    reservation.prepare(
+        training.overwrite_output_dir, continues, training.export_merged
+    )
     return own or checkpoint, None if state is None else asdict(state), branch
 
 
@@ -317,16 +316,6 @@ def _branch(
     identity = {**state.identity, **branch}
     branched = replace(state, identity=identity, failures=[], finished=False)
     return checkpoint, replace(branched, best_step=0, best_score=None)
-
-
-def _check_empty(root: Path) -> None:
-    """Raise `UserError` where a run that is neither continued nor overwritten has
-    checkpoints, in a storage that is not in the output folder too."""
-    if checkpoints := complete_checkpoints(root):
-        raise UserError(
-            f"--output_dir {root.parent} holds another run, with {checkpoints[-1]}: choose another folder, continue it "
-            "with --resume_from_checkpoint auto, or delete it with --overwrite_output_dir"
-        )
 
 
 def _begin_checkpoints(
