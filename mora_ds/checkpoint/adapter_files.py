@@ -142,14 +142,10 @@ class AdapterFile:
     def to_dict(self) -> JsonObject:
         return {
             "format": FORMAT,
+            **vars(self),
             "config": self.config.to_dict(),
             "layers": layers_to_dict(self.layers),
-            "trainables": list(self.trainables),
-            "dtype": self.dtype,
-            "cycle": self.cycle,
-            "step": self.step,
             "domains": None if self.domains is None else self.domains.to_dict(),
-            "facts": self.facts,
         }
 
     def expected(self) -> dict[str, Shape]:

@@ -46,7 +46,7 @@ def main() -> None:
             trust_remote_code=options.trust_remote_code,
             onto=options.onto,
         )
-    say(*report.lines())
+    say(str(report))
     if options.push_to_hub is not None:
         say(push_folder(options.output, options.push_to_hub))
 

@@ -39,7 +39,7 @@ from mora_ds.common.files import as_path, atomic_folder, require_outside, requir
 from mora_ds.common.tensor_files import compute_dtype, dtype_name, tensor_nbytes
 from mora_ds.deploy.combine import scaled
 from mora_ds.deploy.logits_check import Comparison, compare_logits
-from mora_ds.deploy.model_card import model_card
+from mora_ds.deploy.model_card import write_model_card
 from mora_ds.deploy.onto import ONTO, exported_keys, open_target
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import folder_config, kept_in_fp32, load_model
@@ -72,8 +72,7 @@ class ExportReport:
     comparison: Comparison | None
     """Logits compared with the live model's, with `verify`."""
 
-    def lines(self) -> list[str]:
-        """The report as text, for printing."""
+    def __str__(self) -> str:
         text = [
             f"{self.output}: {self.nbytes / 2**30:.3f} GiB in {self.dtype}, in {len(self.files)} file(s)",
             f"merged {self.merged} layers from {self.cycles} ledger cycle(s) and the current MoRA matrices,"
@@ -81,10 +80,7 @@ class ExportReport:
         ]
         if self.comparison is not None:
             text.append(f"verification passed: {self.comparison.line()}")
-        return text
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
+        return "\n".join(text)
 
 
 @dataclass(frozen=True)
@@ -219,10 +215,9 @@ def export_merged(
                     folder, probe, written, logits, rounding, trust_remote_code
                 )
             described = replace(adapter, facts={**facts, **adapter.facts})
-            card = model_card(
-                measured, described, run.reference, written_text, comparison
+            write_model_card(
+                folder, measured, described, run.reference, written_text, comparison
             )
-            (folder / "README.md").write_text(card, encoding="utf-8")
     return ExportReport(
         output=output,
         files=names,

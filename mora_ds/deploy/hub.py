@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mora_ds.common.errors import RunError, UserError, reason
 from mora_ds.deploy.adapter_io import export_adapter
-from mora_ds.deploy.model_card import card
+from mora_ds.deploy.model_card import write_card
 
 FLAG = "--push_to_hub"
 
@@ -64,6 +64,5 @@ def push_adapter(checkpoint: Path, repository: str) -> str:
         text = f"MoRA matrices and merge ledger of a continual pretraining: {facts}. `base.json` names the base."
         name = repository.rpartition("/")[2]
         code = ["```python", f'model = mora_ds.load_adapter("BASE", "{name}")', "```"]
-        readme = card("mora_ds", "mora", name, [text, "", *code])
-        (folder / "README.md").write_text(readme, encoding="utf-8")
+        write_card(folder, "mora_ds", "mora", name, [text, "", *code])
         return push_folder(folder, repository)

@@ -14,15 +14,16 @@ from mora_ds.common.version import __version__
 from mora_ds.deploy.logits_check import Comparison
 
 
-def model_card(
+def write_model_card(
+    folder: Path,
     checkpoint: Path | None,
     adapter: AdapterFile,
     reference: BaseReference,
     dtype: str,
     comparison: Comparison | None,
-) -> str:
-    """Markdown with the run's facts, and with its perplexities if it ended at this
-    checkpoint. `checkpoint` None: they are of another model."""
+) -> None:
+    """Write a README.md with the run's facts, and with its perplexities if it ended at
+    this checkpoint. `checkpoint` None: they are of another model."""
     operators = sorted({entry.operator.describe() for entry in adapter.layers.values()})
     facts: JsonObject = {
         "base": f"`{reference.folder}`",
@@ -47,11 +48,13 @@ def model_card(
         "|---|---|",
     ]
     text += [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items()]
-    return card("transformers", "mora", "Merged model", text)
+    write_card(folder, "transformers", "mora", "Merged model", text)
 
 
-def card(library: str, tags: str, title: str, lines: Iterable[str]) -> str:
-    """A README.md as the Hub reads it: library, tags, a title, and Markdown below
+def write_card(
+    folder: Path, library: str, tags: str, title: str, lines: Iterable[str]
+) -> None:
+    """Write a README.md as the Hub reads it: library, tags, a title, and Markdown below
     it."""
     head = [
         "---",
@@ -62,7 +65,8 @@ def card(library: str, tags: str, title: str, lines: Iterable[str]) -> str:
         f"# {title}",
         "",
     ]
-    return "\n".join([*head, *lines, ""])
+    text = "\n".join([*head, *lines, ""])
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _perplexities(checkpoint: Path) -> dict[str, str]:

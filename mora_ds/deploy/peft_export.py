@@ -39,7 +39,7 @@ from mora_ds.common.files import (
 )
 from mora_ds.common.tensor_files import SafetensorsWriter
 from mora_ds.deploy.export import MergedModelSource, open_run
-from mora_ds.deploy.model_card import card
+from mora_ds.deploy.model_card import write_card
 from mora_ds.models.svd import leading_vectors
 from mora_ds.remora.ledger import LayerEntry
 
@@ -105,8 +105,7 @@ def export_peft(
         if changes := run.reference.config_changes:
             text += f" The run changed the base's config: load it with {json.dumps(changes)}."
         content = [text, "", "```", *lines, "```"]
-        readme = card("peft", "lora, mora", "LoRA adapter", content)
-        (folder / "README.md").write_text(readme, encoding="utf-8")
+        write_card(folder, "peft", "lora, mora", "LoRA adapter", content)
     return [f"wrote {output}: LoRA of {len(layers)} layers", *lines]
 
 

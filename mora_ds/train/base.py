@@ -115,9 +115,6 @@ def choose_base_device(
     def planner() -> Planner:
         return planner_of(arguments, config, ds_config, ranks.world)
 
-    def layer_bytes() -> int:
-        return planner().streamed().total
-
     device = BaseDevice(training.base_device)
     if device is BaseDevice.AUTO and (arguments.adapter.is_control or is_cpu()):
         device = BaseDevice.DEVICE
@@ -127,7 +124,9 @@ def choose_base_device(
         )
         device = BaseDevice(planned)
     if device is BaseDevice.HOST:
-        needed = ranks.run_on_rank0("decoder layers", layer_bytes, long=True)
+        needed = ranks.run_on_rank0(
+            "decoder layers", lambda: planner().streamed().total, long=True
+        )
         advice = ": give the run more (also raise the limit of its container or job), or use --base_bits 8"
         ranks.agree(
             "host memory for the base",

@@ -148,9 +148,9 @@ class DemoPaths:
         code = self.corpus / "domain_eval.jsonl"
         self.eval_files = [f"prose={prose}", f"code={code}"]
 
-    def train_files(self, text: str) -> list[str]:
+    def train_file(self, text: str) -> str:
         """`text`: "general" (prose) or "domain" (code)."""
-        return [str(self.corpus / f"{text}_train.jsonl")]
+        return str(self.corpus / f"{text}_train.jsonl")
 
 
 def warm_start_settings(paths: DemoPaths, batch_size: int, seed: int) -> Settings:
@@ -160,7 +160,7 @@ def warm_start_settings(paths: DemoPaths, batch_size: int, seed: int) -> Setting
         **WARM_START,
         "per_device_train_batch_size": batch_size,
         "model_name_or_path": str(paths.start),
-        "train_files": paths.train_files("general"),
+        "train_files": [paths.train_file("general")],
         "eval_files": paths.eval_files[:1],
         "output_dir": str(paths.warm.parent),
         "overwrite_output_dir": True,
@@ -192,7 +192,7 @@ def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> Non
 def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> None:
     """Write corpora, a tokenizer and an untrained model of `config` to `paths`."""
     write_demo_corpus(paths.corpus, PROSE_BYTES, CODE_BYTES, EVAL_BYTES)
-    corpus = load_corpus([*paths.train_files("general"), *paths.train_files("domain")])
+    corpus = load_corpus([paths.train_file("general"), paths.train_file("domain")])
     folder = train_sentencepiece(
         corpus.texts(), VOCABULARY, paths.root / TOKENIZER_FOLDER
     )
@@ -213,7 +213,7 @@ def continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Ar
         **CONTINUE,
         "per_device_train_batch_size": max(1, GLOBAL_BATCH_SIZE // replicas),
         "model_name_or_path": str(paths.warm),
-        "train_files": paths.train_files("domain"),
+        "train_files": [paths.train_file("domain")],
         "eval_files": paths.eval_files,
         "cache_dir": str(paths.tokens),
     }
@@ -221,8 +221,8 @@ def continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Ar
     is_mora = arguments.adapter.adapter == DEFAULT_ADAPTER
     chooses_optimizer = "optimizer" in arguments.set_by_user
     if is_mora and not chooses_optimizer and not arguments.research:
-        (text,) = paths.train_files("general")
-        recipe = {**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"]}
+        replay = f"general={paths.train_file('general')}:{REPLAY}"
+        recipe = {**settings, **RECIPE, "replay": [replay]}
         job = with_flags(recipe, user_settings)
         if not (reasons := validation_errors_of(_check, job, world)):
             return job

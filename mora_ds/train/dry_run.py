@@ -96,10 +96,9 @@ def planner_of(
     check_config(config, training.sequence_parallel_size, model.implementation)
     if arguments.adapter.adapter == Control.NONE:
         raise UserError("--adapter none trains nothing: there is nothing to plan")
-    name, _ = _model_of(arguments)
     work = Work(
         config=config,
-        adapter=_adapter_config(arguments, name),
+        adapter=_adapter_config(arguments),
         seq_len=arguments.data.seq_len,
         micro_batch=training.per_device_train_batch_size,
         dtype=compute_dtype(ds_config),
@@ -119,8 +118,8 @@ def planner_of(
     return Planner(work, cluster, ds_config, micro_batches, device.is_cpu())
 
 
-def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
-    """None for full training. `model`: the model's folder, hub name or config.json."""
+def _adapter_config(arguments: Arguments) -> AdapterConfig | None:
+    """None for full training."""
     adapter = arguments.adapter
     if adapter.adapter == Control.FULL:
         return None
@@ -132,7 +131,7 @@ def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
         config = researched(config, arguments, target_plan_of(arguments))
     if not adapter.train_new_embeddings:
         return config
-    path = local(model, MODEL_FLAG, CONFIGS)
+    path = local(_model_of(arguments)[0], MODEL_FLAG, CONFIGS)
     folder = path if path.is_dir() else path.parent
     return replace(config, new_rows_from=first_new_row(folder))
 

@@ -205,17 +205,17 @@ def results_of(results: Any, names: Sequence[str]) -> dict[str, TaskResult]:
     return task_results
 
 
+@dataclass
 class _Lockstep:
     """A context in which all ranks run the same number of forward passes."""
 
-    def __init__(self, module: nn.Module, replica: Replica) -> None:
-        self._module = module
-        self._replica = replica
-        self._is_idle = False
+    module: nn.Module
+    replica: Replica
+    is_idle: bool = False
 
     def __enter__(self) -> _Lockstep:
         # The first hook, because DeepSpeed's hooks may gather.
-        self._hook = self._module.register_forward_pre_hook(
+        self._hook = self.module.register_forward_pre_hook(
             self._before_pass, prepend=True
         )
         return self
@@ -224,22 +224,22 @@ class _Lockstep:
         self._hook.remove()
 
     def _before_pass(self, module: nn.Module, args: Any) -> None:
-        if not self._is_idle:
+        if not self.is_idle:
             self._any_rank_works(True)
 
     def _any_rank_works(self, works: bool) -> bool:
-        return self._replica.sum(works) > 0
+        return self.replica.sum(works) > 0
 
     def wait_for_all(self) -> None:
         """Run passes of one token until every rank has called this."""
-        self._is_idle = True
-        device = self._replica.engine.device
+        self.is_idle = True
+        device = self.replica.engine.device
         one_token = torch.zeros(1, 1, dtype=torch.long, device=device)
         try:
             while self._any_rank_works(False):
-                self._module(input_ids=one_token, use_cache=False)
+                self.module(input_ids=one_token, use_cache=False)
         finally:
-            self._is_idle = False
+            self.is_idle = False
 
 
 @contextlib.contextmanager
