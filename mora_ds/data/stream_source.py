@@ -15,7 +15,7 @@ tokenizes that document again.
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -52,24 +52,18 @@ Cut = list[np.ndarray]
 """Tokens of a block, up to T + 1, and where documents end in them."""
 
 
+@dataclass(eq=False)
 class Shard:
     """The tokens of a shard, cut into blocks."""
 
-    def __init__(
-        self,
-        documents: DocumentStream,
-        encoder: Encoder,
-        seq_len: int,
-        map_over_ranks: MapOverRanks,
-        ranks: int,
-    ) -> None:
-        """`map_over_ranks`: splits batches of documents over the `ranks`, which
-        tokenize them."""
-        self.documents = documents
-        self.encoder = encoder
-        self.seq_len = seq_len
-        self.map_over_ranks = map_over_ranks
-        self.ranks = ranks
+    documents: DocumentStream
+    encoder: Encoder
+    seq_len: int
+    map_over_ranks: MapOverRanks
+    """Splits batches of documents over the ranks, which tokenize them."""
+    ranks: int
+
+    def __post_init__(self) -> None:
         self.start(StreamPosition())
 
     def start(self, position: StreamPosition, offset: int = 0) -> None:
@@ -146,38 +140,31 @@ class Shard:
         return [np.concatenate(slices), np.array(ends, np.int64)]
 
 
+@dataclass(eq=False)
 class StreamSource:
     """A streamed source, which can only be read forward."""
 
     n_blocks = None
 
-    def __init__(
-        self,
-        documents: DocumentStream,
-        encoder: Encoder,
-        seq_len: int,
-        document_mask: bool,
-        content_id: Any,
-        map_over_ranks: MapOverRanks = map_in_this_process,
-        ranks: int = 1,
-        block_start: int | None = None,
-    ) -> None:
-        """`map_over_ranks`: splits shards, or else batches of documents, over the
-        `ranks`. `block_start`: as in `pack`."""
-        self.documents = documents
-        self.encoder = encoder
-        self.seq_len = seq_len
-        self.document_mask = document_mask
-        self.content_id = content_id
-        self.map_over_ranks = map_over_ranks
-        self.block_start = block_start
+    documents: DocumentStream
+    encoder: Encoder
+    seq_len: int
+    document_mask: bool
+    content_id: Any
+    map_over_ranks: MapOverRanks = map_in_this_process
+    """Splits shards, or else batches of documents, over the ranks."""
+    ranks: int = 1
+    block_start: int | None = None
+    """As in `pack`."""
+
+    def __post_init__(self) -> None:
         self._first_blocks: list[Block] = []
-        streams = documents.shards()
+        streams = self.documents.shards()
+        over_ranks = (self.map_over_ranks, self.ranks)
         if len(streams) > 1:
-            map_over_ranks = map_in_this_process
-            ranks = 1
+            over_ranks = (map_in_this_process, 1)
         self.shards = [
-            Shard(stream, encoder, seq_len, map_over_ranks, ranks) for stream in streams
+            Shard(stream, self.encoder, self.seq_len, *over_ranks) for stream in streams
         ]
         self._start_epoch(0)
 
@@ -228,14 +215,7 @@ class StreamSource:
         """Sequence `index` from the start of the stream, without moving the stream. Not
         collective."""
         if index >= len(self._first_blocks):
-            copy = StreamSource(
-                self.documents,
-                self.encoder,
-                self.seq_len,
-                self.document_mask,
-                None,
-                block_start=self.block_start,
-            )
+            copy = replace(self, map_over_ranks=map_in_this_process, ranks=1)
             # Each copy reads from the start: twice as much for the next indices
             self._first_blocks = copy.take(max(index + 1, 2 * len(self._first_blocks)))
         return self._first_blocks[index]
