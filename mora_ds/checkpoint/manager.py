@@ -13,7 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ from mora_ds.common.files import (
 from mora_ds.common.object_store import StoreError
 from mora_ds.common.tensor_files import Tensors
 from mora_ds.common.untrusted import is_url
+from mora_ds.engine.shards import Layout
 from mora_ds.runtime.exchange import gather_to_rank0
 from mora_ds.runtime.ranks import Ranks, Result
 
@@ -245,11 +246,19 @@ class CheckpointManager:
         def table() -> Any:
             check_sections(checkpoint, self.sections)
             path = local(f"{ENGINE_TAG}/{INDEX_FILE}")
-            return EngineShards.open(path.parent).table()
+            shards = EngineShards.open(path.parent)
+            return asdict(shards.layout), shards.files, shards.runs
 
-        found = self._ranks.run_on_rank0("sections of the checkpoint", table, long=True)
-        shards = EngineShards.from_table(checkpoint / ENGINE_TAG, *found)
-        shards.local = lambda path: local(f"{ENGINE_TAG}/{path.name}")
+        layout, names, runs = self._ranks.run_on_rank0(
+            "sections of the checkpoint", table, long=True
+        )
+        shards = EngineShards(
+            checkpoint / ENGINE_TAG,
+            Layout(**layout),
+            names,
+            runs,
+            lambda path: local(f"{ENGINE_TAG}/{path.name}"),
+        )
         saved = SavedCheckpoint(checkpoint, local, shards, self._ranks)
         for section in self.sections:
             section.load(saved)

@@ -205,17 +205,6 @@ class EngineShards:
             shards._check_complete()
         return shards
 
-    def table(self) -> tuple[JsonObject, list[str], np.ndarray]:
-        """What rank 0, which reads the table for all, tells the others of it."""
-        return asdict(self.layout), self.files, self.runs
-
-    @classmethod
-    def from_table(
-        cls, folder: Path, content: JsonObject, files: list[str], runs: np.ndarray
-    ) -> EngineShards:
-        """Inverse of `table`."""
-        return cls(folder, typed(Layout, content, folder), files, runs)
-
     @property
     def where(self) -> Path:
         """The file of the table."""
