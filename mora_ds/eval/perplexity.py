@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from mora_ds.checkpoint.adapter_files import (
@@ -287,17 +288,15 @@ def sorted_batches(
 @torch.inference_mode()
 def _nats(model: Any, batch: Sequence[_Window]) -> float:
     """Summed negative log-likelihood of all scored tokens of a batch."""
-    longest = max(len(ids) for ids, _ in batch)
-    inputs = torch.zeros(len(batch), longest, dtype=torch.long)
-    labels = torch.full((len(batch), longest), IGNORED)
     # Padding is at the right, where causal attention ignores it.
-    for row, (ids, scored) in enumerate(batch):
-        tokens = torch.tensor(ids)
-        inputs[row, : len(ids)] = tokens
-        labels[row, len(ids) - scored - 1 : len(ids) - 1] = tokens[-scored:]
-    documents = Documents.one_per_sequence(len(batch), longest, model.device)
-    inputs_on_device = {"input_ids": inputs.to(model.device), "documents": documents}
-    logits = model(**model_inputs(model, inputs_on_device)).logits
+    ids = pad_sequence([torch.tensor(ids) for ids, _ in batch], batch_first=True)
+    labels = torch.full_like(ids, IGNORED)
+    for row, (window, scored) in enumerate(batch):
+        end = len(window)
+        labels[row, end - scored - 1 : end - 1] = ids[row, end - scored : end]
+    documents = Documents.one_per_sequence(*ids.shape, model.device)
+    inputs = {"input_ids": ids.to(model.device), "documents": documents}
+    logits = model(**model_inputs(model, inputs)).logits
     nats = torch.zeros((), dtype=torch.float64, device=logits.device)
     for row_logits, row_labels in zip(logits, labels.to(logits.device), strict=True):
         nats += F.cross_entropy(

@@ -162,12 +162,10 @@ class AdapterBank:
         layers: MoRAMatrices = {}
         for layer, entry in adapter.file.layers.items():
             current = (entry.operator, adapter.tensors.mora_matrix(layer))
-            sums: dict[OperatorSpec, Tensor] = {}
+            sums: dict[OperatorSpec, Tensor] = defaultdict(lambda: torch.zeros(()))
             for spec, mora_matrix in [*adapter.ledger.mora_matrices_of(layer), current]:
                 operator = operator_of(spec, layer)
-                sums[operator] = (
-                    sums[operator] + mora_matrix if operator in sums else mora_matrix
-                )
+                sums[operator] = sums[operator] + mora_matrix
             layers[layer] = {
                 operator: mora_matrix.to(self.model.device, self.dtype)
                 for operator, mora_matrix in sums.items()
