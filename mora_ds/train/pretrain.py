@@ -416,7 +416,7 @@ def _run(arguments: Arguments, setup: TrainingSetup, schedule: Schedule) -> Json
         assert trainer.last_checkpoint is not None, "a run ends with a checkpoint"
         merged = folder / MERGED_FOLDER
         logger.info(f"writing the merged model to {merged}")
-        setup.export(trainer.last_checkpoint, merged)
+        setup.run.export(trainer.last_checkpoint, merged, setup.data.tokenizer)
     setup.remove_sums()
     log.close()
     if arguments.training.push_to_hub is not None:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.adapters.config import AS_LOADED
+from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import base_weights, config_of, frozen_buffers
 from mora_ds.adapters.layer import AdaptedLinear, adapter_parameter_names, mora_layers
@@ -139,20 +140,19 @@ class TrainingRun:
         """The frozen weights, wherever they lie: none of them may be communicated."""
         return []
 
-
-def export_live(engine: zero.Engine, target: Path, tokenizer: Any) -> None:
-    """Write the model that an engine trains completely as a Hugging Face folder;
-    gathered one parameter at a time onto rank 0. Collective."""
-    model = engine.module
-    is_rank0 = dist.get_rank() == 0
-    gathered: Tensors = {}
-    for name, parameter in model.named_parameters():
-        with zero.gathered_parameter(engine, parameter):
-            if is_rank0:
-                gathered[name] = parameter.detach().cpu().clone()
-    if is_rank0:
-        write_own_base(model, target, tokenizer, state_dict=gathered)
-    dist.barrier()
+    def export(self, checkpoint: Path, target: Path, tokenizer: Any = None) -> None:
+        """Write the model of the run's last checkpoint, which is the live one, as a
+        Hugging Face folder; gathered one parameter at a time onto rank 0. Collective.
+        """
+        model = self.engine.module
+        gathered: Tensors = {}
+        for name, parameter in model.named_parameters():
+            with zero.gathered_parameter(self.engine, parameter):
+                if self.ranks.is_rank0:
+                    gathered[name] = parameter.detach().cpu().clone()
+        if self.ranks.is_rank0:
+            write_own_base(model, target, tokenizer, state_dict=gathered)
+        dist.barrier()
 
 
 @dataclass(frozen=True)
@@ -367,11 +367,11 @@ class Run(TrainingRun):
         collective."""
         return self.remora.base.changed_files()
 
-    def export(
-        self, checkpoint: Path, target: Path, domains: Sequence[str] = ()
-    ) -> None:
-        """Write the merged model of a checkpoint into the folder `target`; of each of
-        the `domains`, into a folder of its name there. Collective."""
+    def export(self, checkpoint: Path, target: Path, tokenizer: Any = None) -> None:
+        """Write the merged model of a checkpoint, with its tokenizer, into the folder
+        `target`; where there are domains, one model each, into a folder of its name
+        there. Collective."""
+        domains = domains_of(self.engine.module).names
         # The model's own code, which tells what it keeps in fp32, runs already
         has_own_code = type(self.engine.module).__module__.startswith(
             "transformers_modules"
@@ -379,7 +379,7 @@ class Run(TrainingRun):
 
         def export() -> None:
             folder = local_copy(checkpoint)
-            for domain in domains or (None,):
+            for domain in (SHARED, *domains) if domains else (None,):
                 export_merged(
                     folder,
                     target / (domain or ""),

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mora_ds.adapters.config import FLAGS, AdapterConfig
-from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import (
     count_parameters,
@@ -51,7 +49,7 @@ from mora_ds.train.data import RunData
 from mora_ds.train.layer_scales import FLAG as SCALING
 from mora_ds.train.layer_scales import measured_scales
 from mora_ds.train.replica import Replica
-from mora_ds.train.run import Run, RunOptions, TrainingRun, export_live
+from mora_ds.train.run import Run, RunOptions, TrainingRun
 from mora_ds.train.setup import RunContext
 
 if TYPE_CHECKING:
@@ -209,16 +207,6 @@ class TrainingSetup:
         if self._research.sides == GRADIENT:
             assert isinstance(self.run, Run), "only subspace has sides"
             self.run.set_fixed(self._gradient_sides())
-
-    def export(self, checkpoint: Path, target: Path) -> None:
-        """Write the model of the run's last checkpoint into the folder `target`; where
-        it has domains, one model each. Collective."""
-        if isinstance(self.run, Run):
-            domains = domains_of(self.loaded.model).names
-            variants = (SHARED, *domains) if domains else ()
-            self.run.export(checkpoint, target, variants)
-        else:
-            export_live(self.engine, target, self.data.tokenizer)
 
     def remove_sums(self) -> None:
         """Delete what makes merges and resumes fast: the run is done."""

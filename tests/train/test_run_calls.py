@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
 
 import mora_ds
@@ -284,7 +285,7 @@ def test_an_export_runs_a_models_own_code_where_training_does(monkeypatch, tmp_p
     )
     ranks = SimpleNamespace(run_on_rank0=lambda what, export, long: export())
     for module in ("transformers_modules.own", "transformers.models.llama"):
-        model = type("Model", (), {"__module__": module})()
+        model = type("Model", (nn.Module,), {"__module__": module})()
         run = SimpleNamespace(engine=SimpleNamespace(module=model), ranks=ranks)
         Run.export(run, tmp_path, tmp_path)
     assert asked == [True, False]
