@@ -72,11 +72,10 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(_STEP))
 
 
-def tokenizer_of(folder: Path | None) -> Path | None:
+def tokenizer_of(folder: Path) -> Path | None:
     """The tokenizer's folder in a checkpoint, where it has one."""
-    if folder is None or not (folder / TOKENIZER_FOLDER).is_dir():
-        return None
-    return folder / TOKENIZER_FOLDER
+    tokenizer = folder / TOKENIZER_FOLDER
+    return tokenizer if tokenizer.is_dir() else None
 
 
 # -- what a path means -----------------------------------------------------------------

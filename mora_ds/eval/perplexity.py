@@ -294,7 +294,7 @@ def _nats(model: Any, batch: Sequence[_Window]) -> float:
     for row, (window, scored) in enumerate(batch):
         end = len(window)
         labels[row, end - scored - 1 : end - 1] = ids[row, end - scored : end]
-    documents = Documents.one_per_sequence(*ids.shape, model.device)
+    documents = Documents.one_per_sequence(len(batch), ids.shape[1], model.device)
     inputs = {"input_ids": ids.to(model.device), "documents": documents}
     logits = model(**model_inputs(model, inputs)).logits
     nats = torch.zeros((), dtype=torch.float64, device=logits.device)
