@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -111,11 +111,8 @@ def step_memory(work: Work) -> StepMemory:
     first = measure_step(planned_model(shallow), shallow)
     second = measure_step(planned_model(deeper), deeper)
     times = (layers - short) // period
-    return StepMemory(
-        saved=first.saved + times * (second.saved - first.saved),
-        peak=first.peak + times * (second.peak - first.peak),
-        tables=first.tables + times * (second.tables - first.tables),
-    )
+    figures = zip(astuple(first), astuple(second), strict=True)
+    return StepMemory(*(start + times * (end - start) for start, end in figures))
 
 
 @named_as_flags(**FLAGS)

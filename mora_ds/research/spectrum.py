@@ -72,18 +72,16 @@ def layer_spectra(updates: Sequence[Update]) -> Iterator[Spectrum]:
         )
 
 
-def histories(module: str, updates: Iterable[Update]) -> list[tuple[str, list[Update]]]:
+def histories(
+    module: str, updates: Iterable[Update]
+) -> Iterator[tuple[str, list[Update]]]:
     """(name, updates) of every matrix of a layer; experts have several."""
     by_update = [
         list(spec.members(module, adapter_weight)) for spec, adapter_weight in updates
     ]
-    by_matrix = []
     for history in zip(*by_update, strict=True):
-        name = history[0][0]
-        by_matrix.append(
-            (name, [(spec, mora_matrix) for _, spec, mora_matrix in history])
-        )
-    return by_matrix
+        name, _, _ = history[0]
+        yield name, [(spec, mora_matrix) for _, spec, mora_matrix in history]
 
 
 def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:

@@ -277,7 +277,7 @@ def test_a_stack_is_its_members():
     ]
     assert torch.equal(full, torch.stack(matrices))
     assert torch.equal(full, turned.mT)
-    both = histories("a", [(spec, value), (spec, value)])
+    both = list(histories("a", [(spec, value), (spec, value)]))
     assert [name for name, _ in both] == [f"a.{index}" for index in range(4)]
     assert len(both[0][1]) == 2
     for damaged in ({"count": 0}, {"count": 2**40}, {"operator": {}}, {"more": 1}):
