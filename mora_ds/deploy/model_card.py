@@ -76,15 +76,12 @@ def _perplexities(checkpoint: Path) -> dict[str, str]:
     state = TrainerState.read(checkpoint)
     if not state.finished:
         return {}
-    pairs = {
-        name: (before, state.perplexity_last.get(name, math.nan))
-        for name, before in state.perplexity_before.items()
-    }
-    return {
-        f"perplexity on {name}": f"{before:.3f} -> {after:.3f}"
-        for name, (before, after) in pairs.items()
-        if math.isfinite(before) and math.isfinite(after)
-    }
+    perplexities = {}
+    for name, before in state.perplexity_before.items():
+        after = state.perplexity_last.get(name, math.nan)
+        if math.isfinite(before + after):
+            perplexities[f"perplexity on {name}"] = f"{before:.3f} -> {after:.3f}"
+    return perplexities
 
 
 def _cell(value: Any) -> str:

@@ -44,7 +44,6 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
         readable = (DEMO,)
     output_dir = folder.resolve()
     outputs = [output_dir / name for name in NAMES if name not in readable]
-    outputs += [output.resolve() for output in outputs if output.is_symlink()]
     texts = list(_texts(arguments.data))
     for flag, named in _paths([*_settings(arguments), *texts]):
         real = _real_path(named)
