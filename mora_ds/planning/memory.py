@@ -65,9 +65,8 @@ class Trained:
     def shard(self) -> int:
         """Elements of one rank's shards. ZeRO-3 pads each parameter to a multiple of
         the ranks, stages 1 and 2 the sum."""
-        if self.stage == 3:
-            return sum(-(-numel // self.ranks) for numel in self.numels)
-        return -(-self.total // self.ranks)
+        numels = self.numels if self.stage == 3 else (self.total,)
+        return _padded(numels, self.ranks) // self.ranks
 
     @property
     def persistent(self) -> tuple[int, ...]:
