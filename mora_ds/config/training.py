@@ -214,10 +214,8 @@ class TrainingArguments:
         yield from out_of_bounds("max_steps", self.max_steps, Bounds())
         if self.max_steps == -1 and not POSITIVE.allow(self.num_train_epochs):
             yield f"--num_train_epochs must be {POSITIVE}, got {self.num_train_epochs}"
-        if not is_url(self.output_dir):
-            yield from validation_errors_of(expanded, self.output_dir, "--output_dir")
-        else:
-            yield from validation_errors_of(check_url, self.output_dir, "--output_dir")
+        check = check_url if is_url(self.output_dir) else expanded
+        yield from validation_errors_of(check, self.output_dir, "--output_dir")
         is_multiple = (
             self.eval_steps != 0 and self.eval_tasks_steps % self.eval_steps == 0
         )

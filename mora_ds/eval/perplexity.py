@@ -289,7 +289,8 @@ def sorted_batches(
 def _nats(model: Any, batch: Sequence[_Window]) -> float:
     """Summed negative log-likelihood of all scored tokens of a batch."""
     # Padding is at the right, where causal attention ignores it.
-    ids = pad_sequence([torch.tensor(ids) for ids, _ in batch], batch_first=True)
+    windows = [torch.tensor(window) for window, _ in batch]
+    ids = pad_sequence(windows, batch_first=True)
     labels = torch.full_like(ids, IGNORED)
     for row, (window, scored) in enumerate(batch):
         end = len(window)

@@ -127,8 +127,7 @@ def cost_lines(plan: Plan, steps: int, mfu: float | None = None) -> list[str]:
     if steps > 0:
         tokens = steps * plan.tokens
         flops = tokens * plan.token_flops
-        run = f"the run: {steps:,} steps, {tokens:,} tokens, {flops:.2e} FLOPs"
-        lines.append(run)
+        lines.append(f"the run: {steps:,} steps, {tokens:,} tokens, {flops:.2e} FLOPs")
         if mfu is not None:
             hours = flops / (mfu * PEAK_TFLOPS["H100"] * 1e12 * 3600)
             lines.append(f"at an MFU of {mfu:.0%}: {hours:,.1f} GPU-hours of an H100")
