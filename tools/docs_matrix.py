@@ -28,7 +28,6 @@ ReMoRA (`--merge_every`) | --merge_every 100
 `--train_embeddings`, `--train_head` | --train_embeddings --train_head
 `--train_new_embeddings` | --train_new_embeddings
 `--train_embedding_rank` | --train_embedding_rank 16
-`--layerwise_scaling` | --layerwise_scaling
 `--optimizer muon` | --optimizer muon
 `--mora_dropout` | --mora_dropout 0.1
 `--compute weight` | --compute weight

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from mora_ds.adapters.domain_names import domain_validation_errors
 from mora_ds.adapters.ops.index_tables import OPERATORS, mora_matrix_size
@@ -29,7 +29,6 @@ from mora_ds.adapters.ops.spec import (
 from mora_ds.adapters.registry import Capability, adapter_type, loaded, unsupported
 from mora_ds.adapters.target_patterns import ALL_LINEAR
 from mora_ds.common.errors import (
-    POSITIVE,
     UserError,
     raise_validation_errors,
     unknown,
@@ -82,16 +81,11 @@ class AdapterConfig:
     loaded."""
     seed: int = 42
     """Seed of permutations and LoRA's A, hashed with the layer's name and the cycle."""
-    layer_scales: tuple[tuple[str, Annotated[float, POSITIVE]], ...] = ()
-    """(layer name, number) of all adapted layers: their updates are multiplied by it.
-    Given as a mapping or pairs, kept sorted by name. Empty: no update is scaled."""
 
     def __post_init__(self) -> None:
         # PEFT's configs give a set
         if isinstance(self.target_modules, set | frozenset):
             object.__setattr__(self, "target_modules", sorted(self.target_modules))
-        scales = _by_name(self.layer_scales, float, "layer_scales")
-        object.__setattr__(self, "layer_scales", scales)
         raise_validation_errors(wrong_types(self))
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         raise_validation_errors(self._validation_errors())
@@ -108,9 +102,6 @@ class AdapterConfig:
             yield "`target_modules` names no module"
         if self.base_bits not in (4, 8, AS_LOADED):
             yield f"`base_bits` must be 8 or 4, or {AS_LOADED} for the base as it is loaded, got {self.base_bits}"
-        if self.layer_scales:
-            needed = Capability.LAYER_SCALES
-            yield from unsupported(self.adapter, needed, "`layer_scales`")
         for name in ("new_rows_from", "embedding_rank"):
             if getattr(self, name) < 0:
                 yield f"`{name}` must be at least 0, got {getattr(self, name)}"
@@ -135,18 +126,6 @@ class AdapterConfig:
         """Names of the layers that a plan has chosen; empty without a plan."""
         return ()
 
-    def scale_of(self, layer: str) -> float:
-        """What the layer's update is multiplied by. Raises `UserError` for a layer that
-        `layer_scales` leave out."""
-        if not self.layer_scales:
-            return 1.0
-        scale = dict(self.layer_scales).get(layer)
-        if scale is None:
-            raise UserError(
-                f"`layer_scales` have no number for {layer}: leave it out of `target_modules`"
-            )
-        return scale
-
     def layer_options(self, layer: str) -> dict[str, Any]:
         """Further arguments of the layer's class."""
         return {"seed": self.first_seed(layer, cycle=0)}
@@ -162,20 +141,14 @@ class AdapterConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             values[field.name] = list(value) if isinstance(value, tuple) else value
-        # Files of runs without scales stay as they were
-        del values["layer_scales"]
-        if self.layer_scales:
-            values["layer_scales"] = dict(self.layer_scales)
         return values
 
     @classmethod
     def from_dict(cls: type[Config], values: JsonObject) -> Config:
         """Inverse of `to_dict`. Raises `UserError` for an unknown or a missing key."""
         values = {key: value for key, value in values.items() if key != "kind"}
-        values.setdefault("layer_scales", {})
-        for name in ("layer_sizes", "layer_scales"):
-            if isinstance(numbers := values.get(name), Mapping):
-                values[name] = list(numbers.items())
+        if isinstance(sizes := values.get("layer_sizes"), Mapping):
+            values["layer_sizes"] = list(sizes.items())
         return typed_fully(cls, values, "the adapter's settings")
 
 
@@ -200,8 +173,7 @@ class LoRAConfig(AdapterConfig):
 
     def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> LoRASpec:
         rank = min(self.rank, d_in, d_out)
-        alpha = self.scale * rank * self.scale_of(layer)
-        return LoRASpec(d_in, d_out, rank, alpha)
+        return LoRASpec(d_in, d_out, rank, self.scale * rank)
 
 
 @dataclass(frozen=True)
@@ -234,8 +206,17 @@ class MoRAConfig(AdapterConfig):
     """Names of the domains, each with its own MoRA matrix in every layer."""
 
     def __post_init__(self) -> None:
-        sizes = _by_name(self.layer_sizes, int, "layer_sizes")
-        object.__setattr__(self, "layer_sizes", sizes)
+        sizes: Any = self.layer_sizes
+        if isinstance(sizes, Mapping):
+            sizes = sizes.items()
+        try:
+            # Read from JSON, a pair is a list
+            pairs = sorted((str(name), int(size)) for name, size in sizes)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"layer_sizes must be whole numbers by names of layers, got {sizes!r}"
+            ) from None
+        object.__setattr__(self, "layer_sizes", tuple(pairs))
         # Refuses a text in place of `domains`, of which a tuple would be its letters
         super().__post_init__()
         object.__setattr__(self, "domains", tuple(self.domains))
@@ -366,27 +347,12 @@ class MoRAConfig(AdapterConfig):
         seed = 0
         if grouping is Grouping.PERMUTED:
             seed = permutation_seed(self.seed, layer, cycle)
-        scale = self.scale_of(layer)
-        return OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed, scale)
+        return OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed)
 
     def to_dict(self) -> JsonObject:
         values = super().to_dict()
         values["layer_sizes"] = dict(self.layer_sizes)
         return values
-
-
-def _by_name(values: Any, number: type, field: str) -> tuple[tuple[str, Any], ...]:
-    """The pairs of a mapping, sorted. Raises `UserError` that names the field."""
-    if isinstance(values, Mapping):
-        values = values.items()
-    try:
-        # Read from JSON, a pair is a list
-        return tuple(sorted((str(name), number(value)) for name, value in values))
-    except (TypeError, ValueError):
-        kind = "whole numbers" if number is int else "numbers"
-        raise UserError(
-            f"{field} must be {kind} by names of layers, got {values!r}"
-        ) from None
 
 
 def config_from_dict(values: JsonObject) -> AdapterConfig:
@@ -403,7 +369,6 @@ FLAGS = {
     "dropout": "--mora_dropout",
     "new_rows_from": "--train_new_embeddings",
     "embedding_rank": "--train_embedding_rank",
-    "layer_scales": "--layerwise_scaling",
 }
 """The flags of the fields of configs, for `named_as_flags`. The flag of another field
 has its name."""

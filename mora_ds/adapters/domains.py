@@ -22,12 +22,7 @@ from torch import Tensor, nn
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops.index_tables import tables_of
 from mora_ds.adapters.ops.linear import Compute
-from mora_ds.adapters.ops.mora import (
-    OperatorSpec,
-    compress,
-    decompress,
-    multiplied,
-)
+from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress
 from mora_ds.common.errors import RunError, UserError, unknown
 
 OWN = "domain_mora_matrices"
@@ -173,8 +168,7 @@ def mora_matrices_of_rows(mora_matrices: Tensor, choice: Tensor) -> Tensor:
 
 
 def update_rows(spec: OperatorSpec, mora_matrices: Tensor, x: Tensor) -> Tensor:
-    """scale decompress(M_b compress(x_b)) with a matrix for each row: mora_matrices (B, R, R), x
+    """decompress(M_b compress(x_b)) with a matrix for each row: mora_matrices (B, R, R), x
     (B, ..., D) -> (B, ..., O)."""
     z = compress(spec, x)
-    scaled = multiplied(spec, mora_matrices)
-    return decompress(spec, torch.bmm(z.flatten(1, -2), scaled.mT).view(z.shape))
+    return decompress(spec, torch.bmm(z.flatten(1, -2), mora_matrices.mT).view(z.shape))

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from mora_ds.adapters.layer import AdaptedLinear, ExpertStack
 from mora_ds.adapters.ops.grouped import grouped_linear
 from mora_ds.adapters.ops.index_tables import tables_of
-from mora_ds.adapters.ops.mora import compress, decompress, multiplied
+from mora_ds.adapters.ops.mora import compress, decompress
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.common.errors import UserError
 
@@ -73,8 +73,7 @@ class MoRAExperts(AdaptedLinear):
             x = rows.spread(x)
             z = rows.spread(z)
         ends_in_z = rows.ends * expert_spec.blocks
-        mora_matrices = multiplied(expert_spec, self.mora_matrix.to(x.dtype))
-        u = grouped_linear(z.flatten(0, -2), mora_matrices, ends_in_z)
+        u = grouped_linear(z.flatten(0, -2), self.mora_matrix.to(x.dtype), ends_in_z)
         y = grouped_linear(x, self.frozen, rows.ends)
         return y + decompress(expert_spec, u.view_as(z))
 

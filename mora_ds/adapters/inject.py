@@ -9,7 +9,7 @@ inject(model, MoRAConfig(rank=8))
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.adapters.config import AS_LOADED, AdapterConfig
-from mora_ds.adapters.domains import Domains, domain_layers
+from mora_ds.adapters.domains import Domains
 from mora_ds.adapters.experts import MoRAExperts, compute_sorted
 from mora_ds.adapters.layer import (
     AdaptedLinear,
@@ -234,17 +234,6 @@ def set_cycle(model: nn.Module, config: AdapterConfig, cycle: int) -> None:
     """Gives every layer its operator of a cycle."""
     for name, layer in mora_layers(model).items():
         layer.spec = spec_of(config, name, layer, cycle)
-
-
-def scale_layers(model: nn.Module, scales: Mapping[str, float]) -> AdapterConfig:
-    """Multiplies every layer's update by its scale from now on, in the first cycle.
-    Returns the model's new config. Raises `UserError` for a layer without a scale."""
-    config = replace(config_of(model), layer_scales=tuple(scales.items()))
-    setattr(model, _CONFIG, config)
-    set_cycle(model, config, 0)
-    for layer in domain_layers(model).values():
-        layer.own_spec = layer.spec
-    return config
 
 
 def spec_of(

@@ -360,7 +360,7 @@ class AdaptedLinear(nn.Module):
 
 
 class MoRALinear(AdaptedLinear):
-    """y = W0 x + b + scale decompress(M compress(dropout(x))), with M (r_hat, r_hat)
+    """y = W0 x + b + decompress(M compress(dropout(x))), with M (r_hat, r_hat)
     trained."""
 
     spec: OperatorSpec

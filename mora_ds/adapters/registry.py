@@ -65,8 +65,6 @@ class Capability(str, Enum):
     """It has `domain_layer`, and its config has `domains`."""
     LAYER_SIZES = "a size for each layer"
     """Its config has `layer_sizes`, the plan of research.targets."""
-    LAYER_SCALES = "a scale for each layer"
-    """Its specs multiply the update by `AdapterConfig.scale_of` the layer."""
     ALIGNMENT = "the alignment loss"
     """Its specs are `AdditiveSpec`, of MoRA's operators or with `low_rank`."""
     MUON = "Muon"
@@ -214,7 +212,6 @@ register(
         capabilities=(
             Capability.BASE_8_BITS,
             Capability.BASE_4_BITS,
-            Capability.LAYER_SCALES,
             Capability.ALIGNMENT,
             Capability.MUON,
             Capability.SUM,

@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from mora_ds.adapters.config import AdapterConfig
 
 
-_KNOWN_WITH_THE_MODEL = ("train_new_embeddings", "layerwise_scaling")
-"""Settings whose field of the config is set when the model is there."""
-
-
 @dataclass(frozen=True)
 @documented
 class AdapterArguments:
@@ -86,10 +82,6 @@ class AdapterArguments:
     """Train the norms too."""
     train_head: bool = False
     """Train the output head too."""
-    layerwise_scaling: bool = False
-    """Multiply each layer's update by RMS(W0 x) / RMS(update of x by random signs),
-    measured on 8 sequences before the first step. A step then changes the outputs of all
-    layers by about the same share."""
     merge_every: int = 0
     """ReMoRA: optimizer steps between merges; 0: never merge."""
     restart_warmup_steps: int = 10
@@ -123,7 +115,8 @@ class AdapterArguments:
         values = {
             name: given[setting]
             for setting, name in settings_of(adapter).items()
-            if setting in given and setting not in _KNOWN_WITH_THE_MODEL
+            # The rows that are new are known with the model
+            if setting in given and setting != "train_new_embeddings"
         }
         config: AdapterConfig = loaded(adapter.config)(**values, seed=seed)
         return config
@@ -139,9 +132,6 @@ class AdapterArguments:
         from mora_ds.adapters.config import FLAGS
 
         yield from validation_errors_of(named_as_flags(**FLAGS)(self.config), 0)
-        if self.layerwise_scaling:
-            needed = Capability.LAYER_SCALES
-            yield from unsupported(self.adapter, needed, "--layerwise_scaling")
         if self.adapts_experts:
             setting = "--target_modules names experts"
             yield from unsupported(self.adapter, Capability.EXPERTS, setting)

@@ -42,7 +42,7 @@ EFFECTS = (
     Effect(
         "an adapter (--adapter {adapters})",
         lambda run: not run.adapter.is_control,
-        "mora_rank target_modules mora_dropout base_bits base_device merge_every layerwise_scaling "
+        "mora_rank target_modules mora_dropout base_bits base_device merge_every "
         "train_embeddings train_norms train_head train_new_embeddings train_embedding_rank",
     ),
     Effect(

@@ -24,12 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from mora_ds.adapters.inject import config_of, mora_layers
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops.linear import LayerProducts, mora_linear
-from mora_ds.adapters.ops.mora import (
-    OperatorSpec,
-    compress,
-    decompress,
-    multiplied,
-)
+from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress
 from mora_ds.adapters.ops.spec import Style
 from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
@@ -179,8 +174,7 @@ class LayerSplit:
         """The update from all inputs to all outputs. Forward and backward sum in a fixed
         order, so all ranks get identical bits."""
         z = sum_gradient(compress(spec, x), self.topology)
-        part = F.linear(z, multiplied(spec, mora_matrix_shard))
-        u = all_gather(part, self.topology, spec.r_hat)
+        u = all_gather(F.linear(z, mora_matrix_shard), self.topology, spec.r_hat)
         return decompress(spec, u)
 
 
@@ -236,7 +230,7 @@ class WindowProducts(LayerProducts):
         self.split = split
 
     def full(self, mora_matrix: Tensor) -> Tensor:
-        return super().full(self.split.unshard(mora_matrix))
+        return self.split.unshard(mora_matrix)
 
     def share_of_gradient(self, gradient: Tensor) -> Tensor:
-        return self.split.topology.sum_scatter(super().share_of_gradient(gradient))
+        return self.split.topology.sum_scatter(gradient)

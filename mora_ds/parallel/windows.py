@@ -57,10 +57,6 @@ class Window:
     def rotates(self) -> bool:
         return self.spec.rotates
 
-    @property
-    def scale(self) -> float:
-        return self.spec.scale
-
     def tables(self, device: torch.device) -> IndexTables:
         return tables_of_window(self, device)
 

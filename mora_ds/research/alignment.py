@@ -33,7 +33,6 @@ from mora_ds.adapters.ops.mora import (
     block_matrices,
     decompress_transpose,
     mora_update,
-    multiplied,
     operator_of,
 )
 from mora_ds.adapters.ops.spec import UpdateSpec, additive
@@ -78,7 +77,7 @@ def share_of(spec: UpdateSpec, adapter_weight: Tensor, leading: Leading) -> Tens
     if factors is None:
         operator = operator_of(spec, "the alignment loss")
         inside = mora_update(operator, adapter_weight, right) @ left.T
-        energy = energy_of_blocks(operator, multiplied(operator, adapter_weight))
+        energy = energy_of_blocks(operator, adapter_weight)
     else:
         down, up = factors
         inside = (left @ up) @ (down @ right.T)
@@ -87,7 +86,7 @@ def share_of(spec: UpdateSpec, adapter_weight: Tensor, leading: Leading) -> Tens
 
 
 def energy_of_blocks(spec: OperatorSpec, mora_matrix: Tensor) -> Tensor:
-    """|delta_weight(M)|^2 of M (R, R), multiplied, that is applied to several blocks.
+    """|delta_weight(M)|^2 of M (R, R) that is applied to several blocks.
 
     A number of M R_n for block n stands in the delta once, where an output reads its
     row. Two of them are summed where the last block of inputs is filled up with the

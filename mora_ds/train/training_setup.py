@@ -11,25 +11,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mora_ds.adapters.config import FLAGS, AdapterConfig
 from mora_ds.adapters.domains import domains_of
-from mora_ds.adapters.inject import (
-    count_parameters,
-    inject,
-    move_base,
-    scale_layers,
-)
+from mora_ds.adapters.inject import count_parameters, inject
 from mora_ds.adapters.layer import mora_layers
 from mora_ds.adapters.registry import Control
 from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
 from mora_ds.checkpoint.sections import Section, full_sections
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
-from mora_ds.common.errors import UserError, named_as_flags
+from mora_ds.common.errors import named_as_flags
 from mora_ds.common.files import JsonObject
 from mora_ds.common.tensor_files import Tensors, dtype_name
 from mora_ds.config.arguments import Arguments
@@ -46,8 +40,6 @@ from mora_ds.parallel.tp_plan import tp_plan_of
 from mora_ds.parallel.ulysses import bind_sequence_parallel, describe
 from mora_ds.planning.utilization import peak_flops, token_flops
 from mora_ds.train.data import RunData
-from mora_ds.train.layer_scales import FLAG as SCALING
-from mora_ds.train.layer_scales import measured_scales
 from mora_ds.train.replica import Replica
 from mora_ds.train.run import Run, RunOptions, TrainingRun
 from mora_ds.train.setup import RunContext
@@ -159,7 +151,6 @@ class TrainingSetup:
         base = self.loaded.base
         self.config = self._planned_config()
         context.ranks.agree("injection of the adapter", self._inject, long=True)
-        self._scale_layers()
         sections = self._research_sections()
         fingerprint = base.fingerprint(ranks=context.ranks)
         common = self._common_identity()
@@ -347,37 +338,6 @@ class TrainingSetup:
                 peak = f"at most {self._peak_flops / 1e12:.0f} TFLOP/s"
             a_token = f"{self._token_flops / 1e9:,.2f} G a token"
             logger.info(f"model FLOPs: {a_token}; {card}: {peak}")
-
-    def _scale_layers(self) -> None:
-        """--layerwise_scaling: measure the scales on rank 0, or take those of the
-        checkpoint. Collective."""
-        context = self.context
-        wanted = self.arguments.adapter.layerwise_scaling
-        scales: dict[str, float] = {}
-        if context.state is not None:
-            scales = context.state.identity.get("adapter", {}).get("layer_scales", {})
-            if wanted != bool(scales):
-                raise UserError(
-                    f"{context.checkpoint} belongs to a run {'with' if scales else 'without'} {SCALING}: go on as it "
-                    "began"
-                )
-        elif wanted:
-            scales = context.ranks.run_on_rank0(
-                "scales of the layers", self._measured_scales, long=True
-            )
-        if scales:
-            self.config = scale_layers(self.loaded.model, scales)
-            middle = median(scales.values())
-            logger.info(f"{SCALING}: updates are multiplied by {middle:g} in median")
-
-    def _measured_scales(self) -> dict[str, float]:
-        """On the device where the base is to be."""
-        model = self.loaded.model
-        device = torch.device("cpu") if self._streams else current_device()
-        # Not `model.to` alone, which would untie tied weights
-        move_base(model, device, compute_dtype(self.ds_config))
-        model.to(device)
-        return measured_scales(model, self.data.train, device)
 
     def _inject(self) -> None:
         """Put the adapter into the model, and log what it costs."""

@@ -38,7 +38,6 @@ lora_alpha                  | 1 | 1e-30 | 0
 operator                    | truncate | share | decouple | rotate | turn
 grouping                    | alternate | plain | strided | contiguous-strided
 target_modules              | q_proj | *_proj | re:.*(q|v)_proj | experts | all-linear experts | c_attn | nothing
-layerwise_scaling           | true
 compute                     | activation | weight | fast
 base_bits                   | 8 | 4 | 16 | 5
 mora_dropout                | 0.1 | 0.999 | 1

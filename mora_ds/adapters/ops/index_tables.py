@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -174,8 +174,7 @@ def tables_of(spec: OperatorSpec, device: torch.device) -> IndexTables:
     """The operator's tables, made on the CPU and kept on `device`: the few last used,
     and those that anyone holds. A layer holds its own; those of merged cycles are read
     once, and would only fill the memory."""
-    # Layers that differ in their scale alone share them
-    key = replace(spec, scale=1.0), device
+    key = spec, device
     tables = _tables_in_use.get(key)
     if tables is None:
         tables = _tables_in_use[key] = make_tables(spec, device)

@@ -33,7 +33,6 @@ from mora_ds.adapters.ops.mora import (
     decompress_transpose,
     fold_input,
     mora_matrix_gradient,
-    multiplied,
     rows_and_slots,
     sums_by_product,
 )
@@ -148,13 +147,12 @@ class LayerProducts:
     spec: Maps
 
     def full(self, mora_matrix: Tensor) -> Tensor:
-        """The scale times M (R, R), from the parameter, which may be a share of it. Made
-        again in backward, so that nothing but the parameter is saved."""
-        return multiplied(self.spec, mora_matrix)
+        """M (R, R), from the parameter, which may be a share of it."""
+        return mora_matrix
 
     def share_of_gradient(self, gradient: Tensor) -> Tensor:
-        """The parameter's gradient, from this process's gradient (R, R) of `full`."""
-        return multiplied(self.spec, gradient)
+        """The parameter's gradient, from this process's dL/dM (R, R)."""
+        return gradient
 
     def saved_input(self, x: Tensor) -> Tensor:
         """What forward saves of x (..., D) for M's gradient: the folded input

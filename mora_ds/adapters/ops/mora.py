@@ -3,10 +3,8 @@ functions of tensors.
 
 A layer with frozen weight W0 (d_out, d_in) learns one square matrix M (r_hat, r_hat):
 
-    h = W0 x + s decompress(M compress(x))                                 MoRA, arXiv 2405.12130, eq. 3, with s = 1
-    delta_weight(M) @ x == s decompress(M compress(x))   for every x       the contract of every operator here
-
-s is the operator's `scale`; functions of `Maps` below take s M (`multiplied`) for M.
+    h = W0 x + decompress(M compress(x))                                 MoRA, arXiv 2405.12130, eq. 3
+    delta_weight(M) @ x == decompress(M compress(x))   for every x       the contract of every operator here
 
 Shape legend:  D = d_in, O = d_out, R = r_hat, N = blocks that M is applied to (1 for truncate and share).
 
@@ -28,8 +26,6 @@ Both `delta_weight` and the forward pass are built from the same few index rules
 `seed`: ReMoRA changes the seed every cycle, which lets the rank of the summed update
 grow.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -60,7 +56,7 @@ from mora_ds.adapters.ops.spec import (
 )
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import JsonObject
-from mora_ds.common.untrusted import MAX_SIDE, typed_fully
+from mora_ds.common.untrusted import MAX_SIDE
 
 _CHUNK = 1 << 18
 """Elements of a weight that a delta is added to at a time on a CPU: 1 MiB in fp32,
@@ -79,8 +75,6 @@ class OperatorSpec(AdditiveSpec):
     grouping: Grouping = Grouping.PLAIN
     seed: int = 0
     """Seed of the permutations; read only when `grouping` is PERMUTED."""
-    scale: float = 1.0
-    """Number that the update is multiplied by."""
     seed_tensor: ClassVar[Tensor]
     """`seed` as a scalar on the CPU."""
 
@@ -97,10 +91,6 @@ class OperatorSpec(AdditiveSpec):
         if not 0 <= self.seed < 2**32:
             raise UserError(
                 f"the seed of an operator's permutations must be from 0 to 2^32 - 1, got {self.seed}"
-            )
-        if not 0 < self.scale < math.inf:
-            raise UserError(
-                f"the scale of an operator must be above 0, got {self.scale}"
             )
         # Not a number, for which a compiled layer would be compiled again after a merge
         seed = torch.tensor(self.seed, device="cpu")
@@ -154,20 +144,18 @@ class OperatorSpec(AdditiveSpec):
         return delta_weight(self, adapter_weight)
 
     def merge_into_(self, total: Tensor, adapter_weight: Tensor) -> Tensor:
-        mora_matrix = multiplied(self, adapter_weight)
         if self.blocks > 1:
-            return add_blocks_(total, self, mora_matrix)
-        return add_rows_(total, self, mora_matrix)
+            return add_blocks_(total, self, adapter_weight)
+        return add_rows_(total, self, adapter_weight)
 
     def add_update_(self, y: Tensor, adapter_weight: Tensor, x: Tensor) -> Tensor:
         saved = fold_input(self, x) if self.blocks == 1 else x
-        return add_update_(y, self, multiplied(self, adapter_weight), saved)
+        return add_update_(y, self, adapter_weight, saved)
 
     def add_input_gradient_(
         self, g_x: Tensor, adapter_weight: Tensor, g: Tensor
     ) -> Tensor:
-        mora_matrix = multiplied(self, adapter_weight)
-        return add_input_gradient_(g_x, self, mora_matrix, g)
+        return add_input_gradient_(g_x, self, adapter_weight, g)
 
     def tables(self, device: torch.device) -> IndexTables:
         return tables_of(self, device)
@@ -178,24 +166,15 @@ class OperatorSpec(AdditiveSpec):
         if self.blocks > 1:
             return None
         spread = self.tables(adapter_weight.device).spread
-        rows = rows_of_outputs(spread, multiplied(self, adapter_weight))
+        rows = rows_of_outputs(spread, adapter_weight)
         return fold_matrix(self, adapter_weight).T, rows
 
     def describe(self) -> str:
         return f"{self.kind.value}/{self.grouping.value}"
 
     def to_dict(self) -> JsonObject:
-        """Without a scale of 1, so that files of operators that have none stay as they
-        were."""
         values = asdict(self)
-        if self.scale == 1:
-            del values["scale"]
         return {**values, "kind": self.kind.value, "grouping": self.grouping.value}
-
-    @classmethod
-    def from_dict(cls, values: JsonObject) -> OperatorSpec:
-        spec: OperatorSpec = typed_fully(cls, {"scale": 1.0, **values}, "operator")
-        return spec
 
 
 def operator_of(spec: UpdateSpec, of_what: str) -> OperatorSpec:
@@ -235,15 +214,7 @@ class Maps(Protocol):
     @property
     def rotates(self) -> bool: ...
 
-    @property
-    def scale(self) -> float: ...
-
     def tables(self, device: torch.device) -> IndexTables: ...
-
-
-def multiplied(spec: Maps, mora_matrix: Tensor) -> Tensor:
-    """The scale times M, or times its gradient. M itself where the scale is 1."""
-    return mora_matrix if spec.scale == 1 else mora_matrix * spec.scale
 
 
 def compress(spec: Maps, x: Tensor) -> Tensor:
@@ -595,15 +566,14 @@ operator_map.register_autograd(_apply_transpose, setup_context=_keep_map)
 
 
 def mora_update(spec: OperatorSpec, mora_matrix: Tensor, x: Tensor) -> Tensor:
-    """scale decompress(M compress(x)): (..., D) -> (..., O), what the adapter adds."""
+    """decompress(M compress(x)): (..., D) -> (..., O), what the adapter adds."""
     _check_mora_matrix(spec, mora_matrix, "mora_update")
     # Without the check a shorter input would be taken, and give other numbers
     if x.shape[-1:] != (spec.d_in,):
         raise UserError(
             f"mora_update: `x` must have {spec.d_in} features, got the shape {tuple(x.shape)}"
         )
-    u = F.linear(compress(spec, x), multiplied(spec, mora_matrix))
-    return decompress(spec, u)
+    return decompress(spec, F.linear(compress(spec, x), mora_matrix))
 
 
 def _check_mora_matrix(spec: OperatorSpec, mora_matrix: Tensor, function: str) -> None:
@@ -620,7 +590,6 @@ def delta_weight(spec: OperatorSpec, mora_matrix: Tensor) -> Tensor:
     it alike.
     """
     _check_mora_matrix(spec, mora_matrix, "delta_weight")
-    mora_matrix = multiplied(spec, mora_matrix)
     tables = spec.tables(mora_matrix.device)
     if spec.blocks == 1:
         return rows_of_outputs(tables.spread, tables.unfold(mora_matrix))
@@ -676,7 +645,7 @@ def add_rows_of_blocks_(
 def adjoint(spec: Maps, gradient: Tensor) -> Tensor:
     """The adjoint of `delta_weight`: dL/dM from G = dL/dW (O, D).
 
-    <delta_weight(M), G> == <M, adjoint(G)> for all M and G, and a scale of 1.
+    <delta_weight(M), G> == <M, adjoint(G)> for all M and G.
     """
     tables = spec.tables(gradient.device)
     folded = fold_input(spec, gradient)  # (O, N, R)
