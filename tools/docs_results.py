@@ -11,7 +11,7 @@ from typing import Any
 
 from mora_ds.common.files import read_json
 from tools import plans
-from tools.runs import best_rows
+from tools.runs import best_rows, rows_of
 from tools.tables import cell, mean_and_spread, number_table, ruler, table_row
 
 PRETRAINED = "learning_135m_rivals.json"
@@ -40,6 +40,12 @@ OUTCOMES = {
     },
 }
 """Base -> method -> the JSON that compares it with MoRA between random groups."""
+LAYERWISE = {
+    "Gemma": "layerwise_gemma.json",
+    "SmolLM2": "layerwise_135m.json",
+    "2M": "layerwise_2m.json",
+}
+"""Base -> the JSON of its runs with a scale for each layer's update."""
 
 TABLE = re.compile(r"<!-- (?P<name>.+?), by tools/docs\.py -->")
 
@@ -134,6 +140,20 @@ LONGEST_COMMAND = 9
 """Words of a command that stands above its table."""
 
 
+def merges_by_cycle() -> list[str]:
+    """Of results/scale.md: CPU seconds of a merge, from data/scale.json, a cycle a
+    column."""
+    table = read_json(plans.DATA / "scale.json")["tables"]
+    seconds: dict[str, dict[str, str]] = {}
+    for layers, ranks, cycle, merge, *_ in table["CPU seconds of a merge and a replay"][
+        1:
+    ]:
+        seconds.setdefault(f"{layers} x {ranks}", {})[cycle] = merge
+    cycles = next(iter(seconds.values()))
+    rows = [[what, *merges.values()] for what, merges in seconds.items()]
+    return number_table(["layers x ranks", *cycles], rows)
+
+
 # -- learning --------------------------------------------------------------------------
 def learning() -> list[str]:
     """README's table: what each method learned and kept on the pretrained model."""
@@ -144,6 +164,26 @@ def learning() -> list[str]:
         texts = (mean_and_spread(row.perplexities(text)) for text in ("new", "old"))
         lines.append([title, f"{row.trained:,}", *texts, str(len(row.runs))])
     return number_table(["", "trained", "new text", "old text", "seeds"], lines)
+
+
+def layerwise() -> list[str]:
+    """Of results/learning-tables.md: LoRA, MoRA, and MoRA with a scale for each layer's
+    update, at every learning rate."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for base, file in LAYERWISE.items():
+        for row in rows_of(read_json(plans.DATA / file)["runs"]):
+            new, old = (f"{row.mean(text):.1f}" for text in ("new", "old"))
+            found.setdefault((base, row.method), []).append(
+                f"{row.rate:g}: {new}/{old}"
+            )
+    lines = [
+        [f"{base}, {method}", *at_rates]
+        for (base, method), at_rates in found.items()
+        if method != "none"
+    ]
+    widest = max(map(len, lines))
+    padded = [line + [""] * (widest - len(line)) for line in lines]
+    return number_table(["learning rate: new/old", *[""] * (widest - 1)], padded)
 
 
 def energy() -> list[str]:
@@ -211,6 +251,8 @@ TABLES = {
     "memory": memory,
     "traffic": traffic,
     "learning": learning,
+    "layerwise": layerwise,
+    "merges by cycle": merges_by_cycle,
     "energy": energy,
     "prediction": prediction,
     "packages": packages,

@@ -2,8 +2,6 @@
 the two ways.
 """
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 
@@ -58,14 +56,11 @@ SHAPES = """
 
 
 def specs():
-    """Those of every second shape multiply their update by a scale."""
-    scales = itertools.cycle((1.0, 0.375))
     for kind, grouping in KINDS_AND_GROUPINGS:
         for d_in, d_out, r_hat in (map(int, row) for row in rows(SHAPES)):
-            scale = next(scales)
             if r_hat % OPERATORS[kind].smallest_side:
                 continue
-            yield OperatorSpec(kind, d_in, d_out, r_hat, grouping, 17, scale)
+            yield OperatorSpec(kind, d_in, d_out, r_hat, grouping, 17)
 
 
 def spec_id(spec):

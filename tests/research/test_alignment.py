@@ -1,8 +1,6 @@
 """The alignment loss is that of the dense delta, with its gradient, for any number of
 processes and accumulation."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -49,8 +47,7 @@ def leading_of(weight, rank):
 
 def test_the_share_is_that_of_the_full_delta():
     """For every operator and shape, LoRA and subspaces; no delta is formed."""
-    scaled = [replace(spec, scale=0.25) for spec in specs()]
-    for spec in [*specs(), *scaled, LoRASpec(13, 7, 3, 6.0), SubspaceSpec(13, 7, 5)]:
+    for spec in [*specs(), LoRASpec(13, 7, 3, 6.0), SubspaceSpec(13, 7, 5)]:
         weight = random(spec.d_out, spec.d_in, seed=5)
         value = random(*spec.adapter_weight_shape)
         leading = leading_of(weight, min(3, spec.d_in, spec.d_out))

@@ -56,7 +56,7 @@ from mora_ds.adapters.ops.spec import (
 )
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import JsonObject
-from mora_ds.common.untrusted import MAX_SIDE
+from mora_ds.common.untrusted import MAX_SIDE, typed_fully
 
 _CHUNK = 1 << 18
 """Elements of a weight that a delta is added to at a time on a CPU: 1 MiB in fp32,
@@ -175,6 +175,12 @@ class OperatorSpec(AdditiveSpec):
     def to_dict(self) -> JsonObject:
         values = asdict(self)
         return {**values, "kind": self.kind.value, "grouping": self.grouping.value}
+
+    @classmethod
+    def from_dict(cls, values: JsonObject) -> "OperatorSpec":
+        # Unlike those of other adapters, its kind is a field
+        spec: OperatorSpec = typed_fully(cls, values, "operator")
+        return spec
 
 
 def operator_of(spec: UpdateSpec, of_what: str) -> OperatorSpec:

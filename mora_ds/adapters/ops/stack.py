@@ -97,4 +97,4 @@ class StackSpec(AdditiveSpec):
     def from_dict(cls, values: JsonObject) -> StackSpec:
         own = {key: value for key, value in values.items() if key != "kind"}
         stack = typed_fully(_Stack, own, "operator")
-        return cls(stack.count, typed_fully(OperatorSpec, stack.operator, "operator"))
+        return cls(stack.count, OperatorSpec.from_dict(stack.operator))

@@ -37,7 +37,7 @@ def specs(kind):
     valid = []
     for (d_in, d_out), side, grouping in itertools.product(SHAPES, SIDES, Grouping):
         try:
-            valid.append(OperatorSpec(kind, d_in, d_out, side, grouping, 3, 0.375))
+            valid.append(OperatorSpec(kind, d_in, d_out, side, grouping, 3))
         except UserError:
             continue
     return valid
