@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mora_ds.adapters.ops.frozen import Weight, dense
+from mora_ds.adapters.ops.frozen import Weight
 from mora_ds.adapters.ops.mora import (
     Maps,
     add_blocks_,
@@ -162,7 +162,10 @@ class LayerProducts:
 
     def effective_weight(self, weight: Weight, mora_matrix: Tensor) -> Tensor:
         """weight + delta (O, D), contiguous, in the dtype of M."""
-        frozen = dense(weight, mora_matrix.dtype)
+        # Not by `frozen.dense`: a forward stays within four files
+        frozen = (
+            weight if isinstance(weight, Tensor) else weight.dense(mora_matrix.dtype)
+        )
         if self.spec.blocks > 1:
             total = mora_matrix.new_empty(frozen.shape).copy_(frozen)
             return add_blocks_(total, self.spec, mora_matrix)
