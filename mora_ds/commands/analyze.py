@@ -13,6 +13,7 @@ Exit code 2: an error that you can correct in the command.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ from mora_ds.runtime.cli import (
 )
 
 if TYPE_CHECKING:
-    from mora_ds.research.analyze import LayerMeasures
+    from mora_ds.research.analyze import GradientMeasures
 
 
 @named_as_flags("target_modules")
@@ -49,6 +50,7 @@ def main() -> None:
     check_device(options.device)
     from mora_ds.models.base import BaseCheckpoint
     from mora_ds.research.analyze import (
+        LayerMeasures,
         allocate_budget,
         layers_of,
         measure,
@@ -65,12 +67,13 @@ def main() -> None:
     budget = None
     if options.write is not None:
         budget = parse_budget(options.trainable_budget, parameters)
+    layers: Sequence[LayerMeasures]
     if options.probe:
-        layers = _probe(options)
-        say(*probe_lines(layers))
+        layers = gradients = _probe(options)
+        say(*probe_lines(gradients))
     else:
-        layers = [measure(name, base.read(key)) for name, key in keys.items()]
-        say(*report_lines(layers))
+        layers = weights = [measure(name, base.read(key)) for name, key in keys.items()]
+        say(*report_lines(weights))
     if budget is not None:
         plan = TargetPlan(base.fingerprint(), allocate_budget(layers, budget))
         plan.write(options.write)
@@ -79,7 +82,7 @@ def main() -> None:
         say(f"wrote {options.write}: {contents}")
 
 
-def _probe(options: argparse.Namespace) -> list[LayerMeasures]:
+def _probe(options: argparse.Namespace) -> list[GradientMeasures]:
     """The gradients of MoRA matrices of zeros, on the first windows of --probe."""
     import torch
 

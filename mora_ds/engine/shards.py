@@ -171,7 +171,9 @@ def layout_of(engine: zero.Engine) -> Layout:
         world_size=dist.get_world_size(),
         stage=int(engine.zero_optimization_stage()),
         optimizer=type(engine.basic_optimizer).__name__,
-        groups=[{one.name: list(one.shape) for one in group} for group in groups],
+        groups=[
+            {weight.name: list(weight.shape) for weight in group} for group in groups
+        ],
         counters={name: int(getattr(engine, name)) for name in COUNTERS},
         scaler={
             name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)

@@ -103,6 +103,9 @@ def _write(source: BaseCheckpoint, target: Path, dtype: torch.dtype) -> None:
 
     write_shards(target, layout, tensor_of)
     write_companions(source, target, dtype)
+    config = read_json(target / "config.json")
+    del config["quantization_config"]
+    write_json_atomic(target / "config.json", config)
 
 
 def _require_scales(

@@ -144,13 +144,14 @@ def load_base(
     )
     model = ranks.agree("loading of the model", lambda: load(dtype), long=True)
     keys, difference = _compare_with_files(model, folder, ranks)
+    base_folder = folder
     if difference:
         write = partial(
             original_tensors, model, folder, own_base, dtype, load, difference
         )
         keys = write_on_rank0(ranks, "base of the run", own_base, write)
-        folder = own_base
-    base = ranks.agree("files of the model", partial(BaseCheckpoint.open, folder))
+        base_folder = own_base
+    base = ranks.agree("files of the model", lambda: BaseCheckpoint.open(base_folder))
     return LoadedBase(model, base, keys)
 
 

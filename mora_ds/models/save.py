@@ -112,10 +112,8 @@ def write_companions(
     changes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config.json with a new dtype (None: unchanged) and `changes` of the text
-    config, of weights that are not quantized any more, the base's other files, and a
-    tokenizer (None: the base's)."""
+    config, the base's other files, and a tokenizer (None: the base's)."""
     config = read_json(base.folder / "config.json")
-    config.pop("quantization_config", None)
     if dtype is not None:
         _set_dtype(config, dtype_name(dtype))
         config.setdefault("dtype", dtype_name(dtype))

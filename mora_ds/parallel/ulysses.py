@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.common.attributes import replaced
-from mora_ds.common.errors import UserError, raise_validation_errors
+from mora_ds.common.errors import UserError
 from mora_ds.models.attention import NAME, attention_of, is_flash, why_dense
 from mora_ds.parallel.limits import SEQUENCE
 
@@ -159,16 +159,18 @@ class SequenceParallel:
 
 def _check_call(key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> None:
     """Raise `UserError` for attention that Ulysses would compute wrongly."""
-    positions = arguments.get("position_ids")
-    bias = arguments.get("position_bias")
-    limits = {
-        "'s keys and values have different shapes, which Ulysses does not support": key.shape != value.shape,
-        " does not pass its attention the position_ids that Ulysses needs": positions is None,
-        "'s attention has a position bias for each head, which is not split": bias is not None,
-    }  # fmt: skip
-    raise_validation_errors(
-        f"{SEQUENCE}: this model{limit}" for limit, holds in limits.items() if holds
-    )
+    if key.shape != value.shape:
+        raise UserError(
+            f"{SEQUENCE}: this model's keys and values have different shapes, which Ulysses does not support"
+        )
+    if arguments.get("position_ids") is None:
+        raise UserError(
+            f"{SEQUENCE}: this model does not pass its attention the position_ids that Ulysses needs"
+        )
+    if arguments.get("position_bias") is not None:
+        raise UserError(
+            f"{SEQUENCE}: this model's attention has a position bias for each head, which is not split"
+        )
 
 
 # -- changes to models and to transformers ---------------------------------------------

@@ -63,6 +63,9 @@ def layers_of(
     return {name: keys[f"{name}.weight"] for name in layers}, count_parameters(model)
 
 
+# -- weights ---------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class LayerMeasures:
     """What a plan needs of a layer."""
@@ -70,20 +73,11 @@ class LayerMeasures:
     layer: str
     shape: tuple[int, ...]
     """(d_out, d_in) or transposed."""
-    value: float
-    """The effective rank of its weight, or |dL/dM| at M = 0."""
-    divisor: int
-    """The shorter side of its weight, or r_hat."""
 
     @property
     def score(self) -> float:
-        """The layer's rank in a plan is proportional to it.
-
-        Of a weight the fraction of its directions that the layer uses. Of a gradient
-        the root mean square of its entries: to first order, how much the loss falls for
-        each parameter that Adam changes by one unit.
-        """
-        return self.value / self.divisor
+        """The layer's rank in a plan is proportional to it."""
+        raise NotImplementedError
 
     def side(self, factor: float) -> int:
         """The side of the layer's MoRA matrix for this factor; 0 for a rank below 1."""
@@ -95,12 +89,22 @@ class LayerMeasures:
         return round_side(min(side, largest), R_HAT_MULTIPLE, _EVEN)
 
 
-# -- weights ---------------------------------------------------------------------------
+@dataclass(frozen=True)
+class WeightMeasures(LayerMeasures):
+    """The effective rank of a layer's weight."""
+
+    effective_rank: float
+
+    @property
+    def score(self) -> float:
+        """Effective rank / shorter side: the fraction of its directions that the layer
+        uses."""
+        return self.effective_rank / min(self.shape)
 
 
 @torch.no_grad()
-def measure(layer: str, weight: Tensor) -> LayerMeasures:
-    """The effective rank of a weight (d_out, d_in) or its transpose. Raises `RunError` for a weight
+def measure(layer: str, weight: Tensor) -> WeightMeasures:
+    """Measure a weight (d_out, d_in) or its transpose. Raises `RunError` for a weight
     that is not finite."""
     if not weight.isfinite().all():
         raise RunError(f"{layer}.weight is not finite")
@@ -114,11 +118,10 @@ def measure(layer: str, weight: Tensor) -> LayerMeasures:
     effective_rank = 0.0
     if energy:
         effective_rank = torch.special.entr(energies / energy).sum().exp().item()
-    shape = tuple(weight.shape)
-    return LayerMeasures(layer, shape, effective_rank, min(shape))
+    return WeightMeasures(layer, tuple(weight.shape), effective_rank)
 
 
-def report_lines(weights: Sequence[LayerMeasures]) -> list[str]:
+def report_lines(weights: Sequence[WeightMeasures]) -> list[str]:
     """A table of every layer."""
     rows = [["layer", "shape", "effective rank", "of full"]]
     for measures in weights:
@@ -127,7 +130,7 @@ def report_lines(weights: Sequence[LayerMeasures]) -> list[str]:
             [
                 measures.layer,
                 shape,
-                f"{measures.value:.1f}",
+                f"{measures.effective_rank:.1f}",
                 f"{measures.score:.1%}",
             ]
         )
@@ -138,10 +141,25 @@ def report_lines(weights: Sequence[LayerMeasures]) -> list[str]:
 # -- gradients -------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class GradientMeasures(LayerMeasures):
+    """The gradient of a layer's MoRA matrix."""
+
+    r_hat: int
+    norm: float
+    """|dL/dM| at M = 0."""
+
+    @property
+    def score(self) -> float:
+        """Root mean square of the entries of dL/dM: to first order, how much the loss
+        falls for each parameter that Adam changes by one unit."""
+        return self.norm / self.r_hat
+
+
 def probe(
     model: Any, config: MoRAConfig, batches: Sequence[Tensor]
-) -> list[LayerMeasures]:
-    """The gradients of every layer that `config` adapts, in the model's order.
+) -> list[GradientMeasures]:
+    """The measures of every layer that `config` adapts, in the model's order.
 
     `model`: of transformers; afterwards it has MoRA matrices of zeros. `batches`: token
     ids (1, T) each. Raises `UserError` where there is nothing to predict, and `RunError`
@@ -169,15 +187,15 @@ def probe(
         norm = math.sqrt(energies[name] / len(batches))
         if not math.isfinite(norm):
             raise RunError(f"{name}: its gradient is not finite")
-        measures.append(LayerMeasures(name, layer.shape, norm, layer.spec.size))
+        measures.append(GradientMeasures(name, layer.shape, layer.spec.size, norm))
     return measures
 
 
-def probe_lines(measures: Sequence[LayerMeasures]) -> list[str]:
+def probe_lines(measures: Sequence[GradientMeasures]) -> list[str]:
     """A table of every layer."""
     rows = [["layer", "r_hat", "|dL/dM|"]]
     for layer in measures:
-        rows.append([layer.layer, str(layer.divisor), f"{layer.value:.3e}"])
+        rows.append([layer.layer, str(layer.r_hat), f"{layer.norm:.3e}"])
     return table(rows)
 
 

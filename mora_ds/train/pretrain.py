@@ -324,7 +324,8 @@ def _begin_checkpoints(
     """The run begins: an overwritten one loses the checkpoints that were not set aside
     with its folder; a resumed one has the links that it may have been killed before."""
     storage = storage_of(root)
-    if checkpoint and state and checkpoint.parent.resolve() == root.resolve():
+    if checkpoint is not None and checkpoint.parent.resolve() == root.resolve():
+        assert state is not None
         name_checkpoints(storage, checkpoint.name, state.best_step)
         return
     for folder in complete_checkpoints(root):

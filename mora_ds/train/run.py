@@ -368,9 +368,10 @@ class Run(TrainingRun):
         return self.remora.base.changed_files()
 
     def export(self, checkpoint: Path, target: Path, tokenizer: Any = None) -> None:
-        """Write the merged model of a checkpoint, with its tokenizer, into the folder
-        `target`; where there are domains, one model each, into a folder of its name
-        there. Collective."""
+        """Write the merged model of a checkpoint, and the tokenizer that the checkpoint
+        or else the base has, into the folder `target`; where there are domains, one
+        model each, into a folder of its name there. `tokenizer` is not read.
+        Collective."""
         domains = domains_of(self.engine.module).names
         # The model's own code, which tells what it keeps in fp32, runs already
         has_own_code = type(self.engine.module).__module__.startswith(

@@ -18,7 +18,8 @@ from mora_ds.data import load_corpus
 from mora_ds.eval.perplexity import Score, Windows, cut_windows, load_target
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.research.analyze import (
-    LayerMeasures,
+    GradientMeasures,
+    WeightMeasures,
     allocate_budget,
     layers_of,
     measure,
@@ -54,15 +55,15 @@ def test_measures_are_their_formulas(shape):
     energy = values.double().square()
     shares = energy / energy.sum()
     entropy = -(shares * shares.log()).sum().item()
-    assert measures.value == pytest.approx(math.exp(entropy), rel=1e-6)
-    assert measures.score == pytest.approx(measures.value / 7)
+    assert measures.effective_rank == pytest.approx(math.exp(entropy), rel=1e-6)
+    assert measures.score == pytest.approx(measures.effective_rank / 7)
 
 
 def test_measures_of_equal_singular_values_of_zeros_and_of_what_is_not_finite():
     even = measure("a", torch.eye(8))
-    assert even.value == pytest.approx(8)
+    assert even.effective_rank == pytest.approx(8)
     zero = measure("a", torch.zeros(8, 8))
-    assert (zero.value, zero.score) == (0.0, 0.0)
+    assert (zero.effective_rank, zero.score) == (0.0, 0.0)
     with run_error(r"layer\.weight is not finite"):
         measure("layer", torch.full((8, 8), math.nan))
 
@@ -116,7 +117,7 @@ def test_a_plan_by_gradients_on_text(user, tmp_path, capsys):
     measures = []
     for name, layer in layers.items():
         norm = math.sqrt(energies[name] / 2)
-        measures.append(LayerMeasures(name, layer.shape, norm, layer.spec.r_hat))
+        measures.append(GradientMeasures(name, layer.shape, layer.spec.r_hat, norm))
         assert f"{name}  {layer.spec.r_hat:>5}  {norm:.3e}" in printed
     _, parameters = layers_of(BaseCheckpoint.open(user.model), ["all-linear"])
     assert read_plan(path).layers == allocate_budget(measures, int(0.03 * parameters))
@@ -145,7 +146,7 @@ def test_mistakes_in_flags_are_named(user, flags, named):
 
 def weights_of(*shapes_and_scores):
     return [
-        LayerMeasures(f"l{number}", (d_out, d_in), score, 1)
+        WeightMeasures(f"l{number}", (d_out, d_in), score * min(d_out, d_in))
         for number, (d_out, d_in, score) in enumerate(shapes_and_scores)
     ]
 

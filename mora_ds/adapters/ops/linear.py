@@ -147,7 +147,7 @@ class LayerProducts:
     spec: Maps
 
     def full(self, mora_matrix: Tensor) -> Tensor:
-        """M (R, R), from the parameter, which may be a share of it."""
+        """M (R, R), from the parameter, which may be a shard of it."""
         return mora_matrix
 
     def share_of_gradient(self, gradient: Tensor) -> Tensor:
@@ -162,16 +162,15 @@ class LayerProducts:
 
     def effective_weight(self, weight: Weight, mora_matrix: Tensor) -> Tensor:
         """weight + delta (O, D), contiguous, in the dtype of M."""
-        # Not by `frozen.dense`: a forward stays within four files
-        frozen = (
+        dense = (
             weight if isinstance(weight, Tensor) else weight.dense(mora_matrix.dtype)
         )
         if self.spec.blocks > 1:
-            total = mora_matrix.new_empty(frozen.shape).copy_(frozen)
+            total = mora_matrix.new_empty(dense.shape).copy_(dense)
             return add_blocks_(total, self.spec, mora_matrix)
         tables = self.spec.tables(mora_matrix.device)
         rows, slots = rows_and_slots(tables.spread, tables.unfold(mora_matrix))
-        return rows.index_select(0, slots).add_(frozen)
+        return rows.index_select(0, slots).add_(dense)
 
     def output(
         self,
