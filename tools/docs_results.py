@@ -143,11 +143,10 @@ LONGEST_COMMAND = 9
 def merges_by_cycle() -> list[str]:
     """Of results/scale.md: CPU seconds of a merge, from data/scale.json, a cycle a
     column."""
-    table = read_json(plans.DATA / "scale.json")["tables"]
+    tables = read_json(plans.DATA / "scale.json")["tables"]
+    _, *counted = tables["CPU seconds of a merge and a replay"]
     seconds: dict[str, dict[str, str]] = {}
-    for layers, ranks, cycle, merge, *_ in table["CPU seconds of a merge and a replay"][
-        1:
-    ]:
+    for layers, ranks, cycle, merge, *_ in counted:
         seconds.setdefault(f"{layers} x {ranks}", {})[cycle] = merge
     cycles = next(iter(seconds.values()))
     rows = [[what, *merges.values()] for what, merges in seconds.items()]

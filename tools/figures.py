@@ -106,14 +106,16 @@ def draw(name: str, folder: Path) -> None:
 
 
 def draw_soak(folder: Path) -> None:
-    """Draw what a process of a long run held, and what its steps and merges took."""
+    """Draw what the processes of a long run held, and what its steps and merges took, of
+    data/soak*.json."""
     figure, (memory, seconds) = _panels()
     periods = read_json(DATA / "soak.json")["periods"]
-    steps = [period["step"] for period in periods]
     held = [period["resident MB"] for period in periods]
-    memory.plot(steps, held, color=BLUE)
+    memory.plot([period["step"] for period in periods], held, color=BLUE)
     memory.set_ylim(0, 1.2 * max(held))
     memory.set_ylabel("memory of rank 0, MB")
+    periods = read_json(DATA / "soak_merges.json")["periods"]
+    steps = [period["step"] for period in periods]
     for what, color in (("step", BLUE), ("merge", ORANGE)):
         taken = [period[f"a {what}, in steps alone"] for period in periods]
         seconds.plot(steps, taken, color=color, label=f"a {what}")

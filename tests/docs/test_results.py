@@ -26,7 +26,7 @@ IMAGES = {
     "learning-long.svg": "learning_long.json",
     "learning-long-13m.svg": "learning_long_13m.json",
     "learning-scratch.svg": "learning_scratch.json",
-    "soak.svg": "soak.json",
+    "soak.svg": "soak.json soak_merges.json",
 }
 """Image of docs/ -> the JSON that it is drawn from, or what it shows in place of a
 measurement.
