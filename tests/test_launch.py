@@ -35,13 +35,15 @@ STAND_INS = {
         "esac"
     ),
     "srun": (
-        'for signal in $SIGNALS; do kill -s "$signal" $PPID; done\n'
+        "read -r _ _ _ script _ < /proc/$PPID/stat\n"
+        'for signal in $SIGNALS; do kill -s "$signal" $script; done\n'
         'echo "srun cpus=$SRUN_CPUS_PER_TASK $1" >> "$LOG"\n'
         "while [[ $1 == --* ]]; do shift; done\n"
         'SLURM_PROCID=9 "$@"'
     ),
     "scancel": 'echo "scancel $@" >> "$LOG"',
-    "sleep": '[ -n "$IN_SLEEP" ] && kill -s "$IN_SLEEP" $PPID',
+    # 1: while the ranks run; longer: between two attempts
+    "sleep": '[ "$1" = 1 ] || { [ -n "$IN_SLEEP" ] && kill -s "$IN_SLEEP" $PPID; }',
     "python": (
         'echo "task $SLURM_PROCID at $MASTER_ADDR:$MASTER_PORT: $*" >> "$LOG"\n'
         'echo "gloo=$GLOO_SOCKET_IFNAME triton=$TRITON_CACHE_DIR" >> "$LOG"\n'

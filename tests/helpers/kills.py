@@ -270,7 +270,7 @@ corpus_index | first | nothing | .data.content_index._write_entry 1 | before os.
 tokens_half_written | first | nothing | - | half of the tokens
 before_the_run_is_begun | first | nothing | - | before .train.output_folder.Reservation.commit 1
 run_file_half_written | first | nothing | .train.pretrain.write_run_file 1 | before os.replace 1
-old_run_half_set_aside | first | another | .train.output_folder._set_aside 1 | after pathlib.Path.rename 3
+old_run_half_set_aside | first | another | .train.output_folder.Reservation.prepare 1 | after pathlib.Path.rename 3
 old_run_set_aside | first | another | - | before .train.output_folder.Reservation.commit 1
 old_run_half_deleted | first | another | - | half of a run deleted
 # a resume
@@ -299,6 +299,15 @@ def call_of(text):
 
 STORAGE = LocalStorage
 """The storage of the run that is killed."""
+
+
+def calls_named():
+    """The calls in which, before which and after which processes die."""
+    for *_, outer, death in rows(TABLE):
+        if outer != "-":
+            yield outer
+        if death not in UNUSUAL:
+            yield death.partition(" ")[2]
 
 
 def installer(outer, death):

@@ -11,7 +11,15 @@ import pytest
 
 from mora_ds.common.files import replace_symlink
 from tests.helpers.jobs import run
-from tests.helpers.kills import MOMENTS, STEPS, Passes, RunStart, killed_run
+from tests.helpers.kills import (
+    MOMENTS,
+    STEPS,
+    Passes,
+    RunStart,
+    call_of,
+    calls_named,
+    killed_run,
+)
 from tests.helpers.outcome import assert_same_outcome
 from tests.helpers.pairwise import pairwise_cases
 from tests.helpers.stores import shown, stored
@@ -124,6 +132,12 @@ HEAVY = [
     for case in EVERY
     if case not in ONCE
 ]
+
+
+@pytest.mark.parametrize("call", sorted(set(calls_named())))
+def test_every_moment_is_in_a_function_that_exists(call):
+    owner, function, _ = call_of(call)
+    assert callable(getattr(owner, function))
 
 
 @pytest.mark.parametrize("moment, who, ranks, precision", [*ONCE, *HEAVY])
