@@ -270,7 +270,8 @@ class LedgerSection(Section):
         )
 
     def load(self, saved: SavedCheckpoint) -> None:
-        """Rank 0 writes the run's ledger, and hashes what it has written."""
+        """Rank 0 writes the run's ledger: links to the files that the check of the
+        checkpoint has hashed, or copies that it hashes."""
         ledger = self.remora.ledger
         folder = ledger.folder
         fingerprint = ledger.base_fingerprint
@@ -278,7 +279,6 @@ class LedgerSection(Section):
         def write() -> None:
             there = saved.local(LEDGER_FOLDER)
             Ledger.open(there, fingerprint, hashes=False).copy_to(folder)
-            Ledger.open(folder, fingerprint)
 
         write_on_rank0(saved.ranks, "writing of the merge ledger", folder, write)
         self.remora.ledger = saved.ranks.agree(

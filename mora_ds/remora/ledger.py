@@ -243,9 +243,12 @@ class Ledger:
         return self._handle(cycle).get_tensor(self.layers(cycle)[module].mora_matrix)
 
     def mora_matrices_of(self, module: str) -> Iterator[Update]:
-        """(operator, matrix) of a layer for each cycle that adapted it, in order."""
-        for cycle in range(self.cycles):
+        """(operator, matrix) of a layer for each cycle that adapted it, in order. Raises
+        `UserError` where a cycle has the layer in another shape."""
+        known: Layers = {}
+        for cycle, record in enumerate(self._records):
             if layer := self.layers(cycle).get(module):
+                agree_on_layers(known, {module: layer}, self.folder / record.file)
                 yield layer.operator, self.mora_matrix(cycle, module)
 
     def append(
@@ -288,7 +291,8 @@ class Ledger:
         """Copies the ledger over another folder's, by hard links where possible.
 
         The folder holds a valid ledger at any time: an empty one until all files are in
-        place.
+        place. Files that are copied, to another disk, are hashed there; links are the
+        same files. Raises `UserError` where a copy is not as the file was written.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if folder.samefile(self.folder):
@@ -296,7 +300,11 @@ class Ledger:
         copy = Ledger(folder, self.base_fingerprint, self._records)
         copy._write([])
         for record in self._records:
-            link_or_copy(self.folder / record.file, folder / record.file)
+            source = self.folder / record.file
+            target = folder / record.file
+            link_or_copy(source, target)
+            if not target.samefile(source):
+                copy._check(record, hashes=True)
         copy._write(self._records)
         copy._remove_strays()
         return copy
@@ -313,16 +321,18 @@ class Ledger:
         written."""
         known: Layers = {}
         for record in self._records:
-            path = self.folder / record.file
-            problem = file_problem(path, record.size, record.sha256 if hashes else None)
-            if problem:
-                raise UserError(
-                    f"the ledger is damaged at cycle {record.cycle}: {problem}"
-                )
+            self._check(record, hashes)
             if hashes:
+                path = self.folder / record.file
                 agree_on_layers(known, self.layers(record.cycle), path)
                 # A ledger of hundreds of cycles is not kept in memory
                 self.release()
+
+    def _check(self, record: CycleRecord, hashes: bool) -> None:
+        path = self.folder / record.file
+        problem = file_problem(path, record.size, record.sha256 if hashes else None)
+        if problem:
+            raise UserError(f"the ledger is damaged at cycle {record.cycle}: {problem}")
 
     def _check_records(self) -> None:
         path = self.folder / LEDGER_FILE

@@ -2,9 +2,13 @@
 function that computes merged weights.
 """
 
+import errno
 import hashlib
 import json
 import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from mora_ds.adapters.ops.updates import merged_weight
 from mora_ds.common import files
 from mora_ds.common.files import read_json
 from mora_ds.remora import ledger as ledger_room
-from mora_ds.remora.ledger import Ledger
+from mora_ds.remora.ledger import LayerEntry, Ledger
 from tests.helpers.damage import change_json, cut, flip, gone, set_value
 from tests.helpers.errors import run_error, user_error
 from tests.helpers.ledgers import entry, layers_of, mora_matrices_for, shortened
@@ -95,6 +99,17 @@ def test_a_layer_may_start_at_a_later_cycle(tmp_path):
     append(ledger, ("a.q", "b.q"))
     for module, cycles in {"a.q": 2, "a.v": 1, "b.q": 1, "none": 0}.items():
         assert len(list(ledger.mora_matrices_of(module))) == cycles
+
+
+def test_a_layer_keeps_its_shape(folder):
+    ledger = Ledger.open(folder)
+    layers = layers_of(3)
+    operator = replace(layers["a.q"].operator, d_in=64)
+    layers["a.q"] = LayerEntry("a.q", False, operator)
+    ledger.append(400, layers, mora_matrices_for(layers, 3).items())
+    assert len(list(ledger.mora_matrices_of("a.v"))) == 4
+    with user_error("cycle-00003.*a.q is another layer than in earlier cycles"):
+        list(ledger.mora_matrices_of("a.q"))
 
 
 def test_a_snapshot_stays_as_it_is(folder):
@@ -240,6 +255,25 @@ def test_copy_is_made_of_links_and_lives_on_its_own(folder, tmp_path):
     assert Ledger.open(copy.folder, BASE).cycles == 3
     assert Ledger.open(folder).cycles == 2
     assert set(Ledger.open(copy.folder).layers(1)) == {"a.q", "a.v"}
+
+
+def test_copy_on_another_disk_is_hashed(folder, tmp_path, monkeypatch):
+    def another_disk(source, target):
+        raise OSError(errno.EXDEV, "another disk")
+
+    monkeypatch.setattr(os, "link", another_disk)
+    assert state(Ledger.open(folder).copy_to(tmp_path / "copy")) == state(
+        Ledger.open(folder)
+    )
+
+    def copy_wrongly(source, target):
+        Path(target).write_bytes(Path(source).read_bytes())
+        flip(Path(target))
+
+    monkeypatch.setattr(shutil, "copyfile", copy_wrongly)
+    with user_error("the ledger is damaged at cycle 0.*sha256"):
+        Ledger.open(folder).copy_to(tmp_path / "wrong")
+    assert Ledger.open(tmp_path / "wrong").cycles == 0
 
 
 def test_copy_replaces_a_longer_ledger(folder, tmp_path):

@@ -67,6 +67,7 @@ from mora_ds.common.files import (
     MANIFEST,
     facts_of,
     manifest_of,
+    sha256_file,
     write_compact_json,
 )
 from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, load_ds_config
@@ -209,8 +210,8 @@ def _by_cycle(folder: Path, layers: int, ranks: int) -> list[list[str]]:
 
 
 def _cycles(folder: Path, layers: int, rank: int, ranks: int) -> list[list[str]]:
-    """(layers, ranks, cycle, CPU seconds of its merge, of a replay after it, of opening
-    the ledger at a resume, memory of this process). The ranks share the base."""
+    """(layers, ranks, cycle, CPU seconds of its merge, of a replay after it, of the
+    ledger at a resume, memory of this process). The ranks share the base."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     meeting = f"file://{folder}/meeting"
@@ -231,13 +232,21 @@ def _cycles(folder: Path, layers: int, rank: int, ranks: int) -> list[list[str]]
             found = (
                 median(seconds[-5:]),
                 median(cpu_seconds(run.remora.rebuild) for _ in range(3)),
-                cpu_seconds(partial(Ledger.open, ledger.folder)),
+                cpu_seconds(partial(_resume_ledger, ledger, folder / f"copy-{cycle}")),
             )
             resident = psutil.Process().memory_info().rss / 1e6
             times = (f"{second:.3f}" for second in found)
             names = map(str, (layers, ranks, cycle))
             rows.append([*names, *times, f"{resident:,.0f} MB"])
     return rows
+
+
+def _resume_ledger(ledger: Ledger, folder: Path) -> None:
+    """What a resume does with the ledger of a checkpoint: its files are hashed, as all
+    of the checkpoint, and linked."""
+    for record in ledger.records:
+        sha256_file(ledger.folder / record.file)
+    Ledger.open(ledger.folder, hashes=False).copy_to(folder)
 
 
 # -- one rank --------------------------------------------------------------------------
