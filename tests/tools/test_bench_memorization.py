@@ -2,6 +2,7 @@
 what it prints is right.
 """
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from tests.helpers.errors import user_error
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tables import words
 from tests.helpers.tools import call, called, tool
+from tools.runs import rows_of
 
 TOOL = REPOSITORY / "tools/bench/memorization.py"
 
@@ -39,6 +41,37 @@ def test_the_small_base_learns_what_digits_are_and_is_made_once(
     assert bench.small_base(tmp_path) == folder
 
 
+def test_the_best_learning_rate_is_that_of_the_largest_mean_accuracy():
+    runs = [
+        {
+            "method": "mora",
+            "rank": rank,
+            "learning_rate": rate,
+            "seed": 1,
+            "accuracy": accuracy,
+        }
+        for rank, rate, accuracy in (
+            (1, 0.1, [0.2, 0.9]),
+            (1, 0.2, [0.8, 0.8]),
+            (8, 0.1, [0.5, 0.5]),
+            (8, 0.2, [0.4, 0.5]),
+        )
+    ]
+    best = tool("bench/memorization").best_rates(rows_of(runs))
+    assert best == {("mora", 1): 0.2, ("mora", 8): 0.1}
+
+
+def test_ordinary_text_is_cut_into_rows(tmp_path, user):
+    bench = tool("bench/memorization")
+    file = tmp_path / "text.jsonl"
+    line = json.dumps({"text": "the cat sat on the mat " * 50})
+    file.write_text(f"{line}\n" * 100)
+    assert bench.rows_of_text(user.model, file).shape == (16, 256)
+    file.write_text(f"{line}\n")
+    with user_error("has fewer than 4,096 tokens"):
+        bench.rows_of_text(user.model, file)
+
+
 def memorized(folder, user, *flags):
     """Results of two pairs on the tiny model, and what was printed."""
     toy = "--pairs 2 --batch 4 --micro_batch 2 --steps 80 --rank 4"
@@ -56,7 +89,13 @@ def memorized(folder, user, *flags):
 @pytest.mark.heavy
 def test_two_pairs_are_memorized(tmp_path, user):
     """Every method learns; MoRA, with no more parameters, more than LoRA."""
-    results, output = memorized(tmp_path, user, "--seeds 1 --rates 1e-2")
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "the cat sat on the mat " * 2000}))
+    flags = ("--seeds 1 --rates 1e-2", "--text", text)
+    results, output = memorized(tmp_path, user, *flags)
+    for result in results:
+        before, after = result["perplexity"]
+        assert before == results[0]["perplexity"][0] != after
     named = {result["method"]: result for result in results}
     assert set(named) == {"full", "lora", "mora", "remora"}
     assert len(results) == 4
@@ -65,3 +104,9 @@ def test_two_pairs_are_memorized(tmp_path, user):
     assert named["full"]["accuracy"][-1] >= 0.9
     assert named["mora"]["accuracy"][-1] > named["lora"]["accuracy"][-1]
     assert "with 90% of each seed" in output
+
+    # The command goes on where it was stopped: here at its end
+    assert "mora-r4-0.01-1" in output
+    again, printed = memorized(tmp_path, user, *flags)
+    assert again == results
+    assert "mora-r4-0.01-1" not in printed

@@ -2,16 +2,20 @@
 memorized?
 
     python tools/bench/memorization.py [--base MODEL] [--pairs 64] [--steps 400] [--rank 8]
-    [--seeds 3] ...
+    [--seeds 3] [--text FILE] ...
 
 Full training, LoRA, MoRA and ReMoRA, at equal trainable parameters, on one engine
 (ZeRO, AdamW, a constant learning rate after a warm-up): each learns, of pairs of 32 hex
-digits, the second from the first, at every learning rate of its sweep. Eight times in a
-run the second is generated greedily; the share of right digits is the character
-accuracy (1/16 is chance). A digit is one token here, so rows need no padding. Prints,
-at each method's best learning rate (largest mean accuracy over all measurements), the
-accuracy over steps, mean over seeds, and the steps to 90%; `--json FILE` keeps all
-runs.
+digits, the second from the first, at every learning rate of its sweep, the best one
+with more seeds. Eight times in a run the second is generated greedily; the share of
+right digits is the character accuracy (1/16 is chance). A digit is one token here, so
+rows need no padding. Prints, at each method's best learning rate (largest mean accuracy
+over all measurements), the accuracy over steps, mean over seeds, the steps to 90%, and
+the perplexity of `--text`, which nobody trains on, before and after; `--json FILE`
+keeps all runs.
+
+Every finished run leaves WORK/results/NAME.json and is not repeated while its settings
+are the same, so the command goes on where it was stopped.
 
 The default is for two cores: the demo's small Llama, warm-started on prose. The
 paper's: Llama-2 7B,
@@ -23,11 +27,15 @@ is taught that first, on pairs that are asked for nowhere.
 """
 
 import argparse
+import json
+import math
 import os
 import random
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -45,14 +53,21 @@ from mora_ds.common.errors import (
     COUNT,
     Bounds,
     UserError,
+    out_of_bounds,
     raise_validation_errors,
     wrong_values,
 )
-from mora_ds.common.files import atomic_folder
+from mora_ds.common.files import (
+    atomic_folder,
+    read_json,
+    sha256_file,
+    write_json_atomic,
+)
 from mora_ds.config.lr_schedule import Schedule, ScheduleKind
 from mora_ds.data import load_tokenizer
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize_full, start_distributed
+from mora_ds.models.base import BaseCheckpoint
 from mora_ds.runtime import cli
 from tools.bench.measuring import count_trained, only_rank, zero3_config
 from tools.bench.report import Report, bench_parser
@@ -75,6 +90,9 @@ KNOWN = 0.9
 DIGIT_STEPS = 300
 """Steps in which the small base learns what digits look like."""
 DIGITS = 32
+TEXT_ROWS = 16
+TEXT_LENGTH = 256
+"""Tokens of `--text` in a row."""
 HEX = "0123456789abcdef"
 
 
@@ -86,6 +104,21 @@ class Method:
     adapter: type[AdapterConfig] | None = MoRAConfig
     """None: every parameter is trained."""
     merges: bool = False
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run."""
+
+    method: str
+    rank: int
+    """0 of full training."""
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-r{self.rank}-{self.rate:g}-{self.seed}"
 
 
 METHODS: dict[str, Method] = {
@@ -101,29 +134,41 @@ def main() -> None:
     _check(options)
     os.environ.update(only_rank())
     base = options.base or small_base(options.work)
+    settings = _settings(base, options)
     start_distributed()
-    runs = []
-    for name in options.methods:
-        for rate in options.rates or METHODS[name].rates:
-            print(f"{name} at {rate:g}", flush=True)
-            for seed in range(1, options.seeds + 1):
-                result = _train(METHODS[name], base, rate, seed, options)
-                run = {"method": name, "learning_rate": rate, "seed": seed}
-                runs.append({**run, **result})
-    _show(runs, options)
+    swept = _trials(options, range(1, options.sweep_seeds + 1))
+    runs = [_result(trial, base, settings, options) for trial in swept]
+    best = best_rates(rows_of(runs))
+    for trial in _trials(options, range(options.sweep_seeds + 1, options.seeds + 1)):
+        if trial.rate == best[trial.method, trial.rank]:
+            runs.append(_result(trial, base, settings, options))
+    _show(runs, best, options)
 
 
 def _options() -> argparse.Namespace:
     defaults = {
         "work": (Path("out/bench_memorization"), "folder for the base"),
-        "rank": (8, "LoRA's rank; MoRA matrices have about as many"),
         "pairs": (64, "pairs to memorize"),
         "batch": (32, "pairs an optimizer step"),
         "micro_batch": (32, "pairs at a time"),
         "steps": (400, "optimizer steps"),
-        "seeds": (3, "runs of each method at every learning rate"),
+        "seeds": (3, "runs of each method at its best learning rate"),
+        "sweep_seeds": (1, "of them at every learning rate of the sweep"),
     }
     parser = bench_parser(__doc__, defaults)
+    parser.add_argument(
+        "--rank",
+        type=int,
+        nargs="+",
+        default=[8],
+        help="LoRA's rank, or several; MoRA matrices have about as many parameters",
+    )
+    parser.add_argument("--bf16", action="store_true", help="train in bf16")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        help="JSON lines of ordinary text, whose perplexity is measured before and after",
+    )
     parser.add_argument(
         "--base",
         type=Path,
@@ -143,14 +188,78 @@ def _options() -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    counts = dict.fromkeys(("rank", "pairs", "batch", "micro_batch", "seeds"), COUNT)
+    counted = ("pairs", "batch", "micro_batch", "seeds", "sweep_seeds")
+    counts = dict.fromkeys(counted, COUNT)
     # Longer cycles than the warm-up after a merge
     steps = Bounds(above=CYCLES * RAMP)
     raise_validation_errors(wrong_values(options, {**counts, "steps": steps}))
+    for rank in options.rank:
+        raise_validation_errors(out_of_bounds("rank", rank, COUNT))
+    if options.text is not None and not options.text.is_file():
+        raise UserError(f"--text: there is no {options.text}")
     if options.batch % options.micro_batch:
         raise UserError(
             f"--batch {options.batch} is no multiple of --micro_batch {options.micro_batch}"
         )
+
+
+# -- runs ------------------------------------------------------------------------------
+
+
+def _trials(options: argparse.Namespace, seeds: Sequence[int]) -> Iterator[Trial]:
+    """The runs at every rank, learning rate and seed."""
+    for name in options.methods:
+        method = METHODS[name]
+        ranks = [0] if method.adapter is None else options.rank
+        for rank, rate, seed in product(ranks, options.rates or method.rates, seeds):
+            yield Trial(name, rank, rate, seed)
+
+
+def _settings(base: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What the results of all runs depend on, wherever the files lie."""
+    names = ("pairs", "batch", "micro_batch", "steps", "bf16")
+    settings = {name: getattr(options, name) for name in names}
+    text = options.text and sha256_file(options.text)
+    model = BaseCheckpoint.open(base).fingerprint()
+    return {**settings, "text": text, "base": model}
+
+
+def _result(
+    trial: Trial, base: Path, settings: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The result of a run, which is made unless it is there with these settings."""
+    path = options.work / "results" / f"{trial.name}.json"
+    if path.is_file():
+        found: dict[str, Any] = read_json(path)
+        if found["settings"] == settings:
+            return found
+    print(trial.name, flush=True)
+    result = {
+        "method": trial.method,
+        "rank": trial.rank,
+        "learning_rate": trial.rate,
+        "seed": trial.seed,
+        "settings": settings,
+        **_train(trial, base, options),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(path, result)
+    return result
+
+
+def best_rates(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
+    """Method and rank -> the learning rate with the largest mean accuracy over all
+    measurements of the seeds that all of its learning rates have."""
+
+    def accuracy(row: Row) -> float:
+        return fmean(fmean(run["accuracy"]) for run in row.runs)
+
+    best: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        known = best.setdefault(row.kind, row)
+        if accuracy(row) > accuracy(known):
+            best[row.kind] = row
+    return {kind: row.rate for kind, row in best.items()}
 
 
 # -- the task --------------------------------------------------------------------------
@@ -184,6 +293,36 @@ def _labels(ids: Tensor) -> Tensor:
     labels = ids.clone()
     labels[:, :-DIGITS] = -100
     return labels
+
+
+def rows_of_text(base: Path, file: Path) -> Tensor:
+    """(TEXT_ROWS, TEXT_LENGTH) token ids of the first texts in a file of JSON lines.
+    Raises `UserError` for too little text."""
+    texts: list[str] = []
+    with file.open(encoding="utf-8") as lines:
+        for line in islice(lines, TEXT_ROWS * TEXT_LENGTH):
+            texts.append(json.loads(line)["text"])
+    tokenizer = load_tokenizer(base, flag="--base")
+    ids = torch.tensor(tokenizer("\n\n".join(texts))["input_ids"])
+    if ids.numel() < TEXT_ROWS * TEXT_LENGTH:
+        raise UserError(
+            f"--text {file} has fewer than {TEXT_ROWS * TEXT_LENGTH:,} tokens"
+        )
+    return ids[: TEXT_ROWS * TEXT_LENGTH].view(TEXT_ROWS, TEXT_LENGTH)
+
+
+@torch.no_grad()
+def _perplexity(engine: Any, text: Tensor | None) -> float | None:
+    """Of rows of text. The engine is in training mode afterwards."""
+    if text is None:
+        return None
+    engine.eval()
+    rows = text.to(engine.device).split(1)
+    losses = [
+        engine(input_ids=ids, labels=ids, use_cache=False).loss.item() for ids in rows
+    ]
+    engine.train()
+    return math.exp(fmean(losses))
 
 
 @torch.no_grad()
@@ -228,28 +367,31 @@ def small_base(work: Path) -> Path:
 # -- one run ---------------------------------------------------------------------------
 
 
-def _train(
-    method: Method, base: Path, rate: float, seed: int, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Train once. Returns the number of trained parameters, and the step, accuracy and
-    loss of each measurement."""
-    torch.manual_seed(seed)
-    rows = pairs_of_digits(base, options.pairs, seed)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+def _train(trial: Trial, base: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Train once. Returns the number of trained parameters, the step, accuracy and loss
+    of each measurement, and the perplexity of `--text` before and after."""
+    method = METHODS[trial.method]
+    torch.manual_seed(trial.seed)
+    rows = pairs_of_digits(base, options.pairs, trial.seed)
+    text = options.text and rows_of_text(base, options.text)
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     config = zero3_config(
         options.micro_batch,
         gradient_accumulation_steps=options.batch // options.micro_batch,
         gradient_clipping=1.0,
-        optimizer={"type": "AdamW", "params": {"lr": rate, "weight_decay": 0.0}},
+        optimizer={"type": "AdamW", "params": {"lr": trial.rate, "weight_decay": 0.0}},
+        bf16={"enabled": options.bf16},
     )
     if method.adapter is not None:
-        inject(model, method.adapter(rank=options.rank, seed=seed))
+        inject(model, method.adapter(rank=trial.rank, seed=trial.seed))
     trained = count_trained(model)
     make = initialize_full if method.adapter is None else initialize
     engine = make(model=model, config=config)[0]
+    before = _perplexity(engine, text)
     schedule = Schedule(
         ScheduleKind.CONSTANT,
-        rate,
+        trial.rate,
         options.steps,
         WARMUP,
         merge_every=options.steps // CYCLES if method.merges else 0,
@@ -261,7 +403,7 @@ def _train(
     shares: list[float] = []
     losses: list[float] = []
     merges: list[int] = []
-    draw = random.Random(f"order/{seed}")
+    draw = random.Random(f"order/{trial.seed}")
     with tempfile.TemporaryDirectory() as folder:
         run = Run(engine, base=base, folder=folder) if method.merges else None
         for step in range(1, options.steps + 1):
@@ -274,8 +416,15 @@ def _train(
             if step in measured:
                 shares.append(_accuracy(engine, rows[:PROBED]))
                 losses.append(loss)
+    after = _perplexity(engine, text)
     engine.destroy()
-    return {"trained": trained, "steps": measured, "accuracy": shares, "loss": losses}
+    return {
+        "trained": trained,
+        "steps": measured,
+        "accuracy": shares,
+        "loss": losses,
+        "perplexity": [before, after],
+    }
 
 
 def _step(engine: zero.Engine, batch: Tensor, micro_batch: int) -> float:
@@ -292,22 +441,26 @@ def _step(engine: zero.Engine, batch: Tensor, micro_batch: int) -> float:
 # -- the table -------------------------------------------------------------------------
 
 
-def _show(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Print a line for each method at its best learning rate."""
-    steps = map(str, runs[0]["steps"])
-    lines = [["method", "trained", "best lr", *steps, f"to {KNOWN:.0%}"]]
+def _show(
+    runs: list[dict[str, Any]],
+    best: dict[tuple[str, int], float],
+    options: argparse.Namespace,
+) -> None:
+    """Print a line for each method and rank at its best learning rate."""
     rows = rows_of(runs)
-    for method in options.methods:
-        swept = [row for row in rows if row.method == method]
-        best = max(
-            swept, key=lambda row: fmean(fmean(run["accuracy"]) for run in row.runs)
-        )
-        lines.append(_line(best, [row.rate for row in swept]))
+    *earlier, last = map(str, runs[0]["steps"])
+    texts = ["text before", "after"] if options.text else []
+    steps = [*earlier, last, f"to {KNOWN:.0%}", *texts]
+    lines = [["method", "rank", "trained", "best lr", "seeds", *steps]]
+    for row in rows:
+        if row.rate == best[row.kind]:
+            swept = [other.rate for other in rows if other.kind == row.kind]
+            lines.append(_line(row, swept))
     report = Report(options)
     report.say(
         f"Character accuracy (%) of {min(PROBED, options.pairs)} of {options.pairs} pairs after N steps of "
-        f"{options.batch} pairs, rank {options.rank}, {options.seeds} seed(s), each at its best learning rate (*: the "
-        f"sweep's edge); first measured step with {KNOWN:.0%} of each seed."
+        f"{options.batch} pairs, up to {options.seeds} seed(s), each at its best learning rate (*: the sweep's edge); "
+        f"first measured step with {KNOWN:.0%} of each seed."
     )
     report.show("memorization", lines)
     report.write(runs=runs)
@@ -318,13 +471,17 @@ def _line(row: Row, swept: list[float]) -> list[str]:
         *([100 * share for share in run["accuracy"]] for run in row.runs), strict=True
     )
     *earlier, last = percents
+    texts = zip(*(run["perplexity"] for run in row.runs), strict=True)
     return [
         row.method,
+        f"{row.rank or '-'}",
         f"{row.trained:,}",
         f"{row.rate:g}{at_edge(row.rate, swept)}",
+        f"{len(row.runs)}",
         *(f"{fmean(percent):.1f}" for percent in earlier),
         mean_and_spread(last),
         "/".join(map(_known_at, row.runs)),
+        *(mean_and_spread(text) for text in texts if None not in text),
     ]
 
 
