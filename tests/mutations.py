@@ -122,7 +122,7 @@ remora/merge.py ReMoRA._start_cycle | remora/test_merge.py
 + None
 
 # permutations are the same in every cycle
-adapters/config.py MoRAConfig.operator_for | adapters remora/test_merge.py
+adapters/config.py MoRAConfig.in_cycle | adapters remora/test_merge.py
 - permutation_seed(any_seed, layer, cycle)
 + permutation_seed(any_seed, layer, 0)
 

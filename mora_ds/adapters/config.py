@@ -47,6 +47,7 @@ PACKED_BASES = {8: Capability.BASE_8_BITS, 4: Capability.BASE_4_BITS}
 """What an adapter must support for values of `base_bits` below 16."""
 
 Config = TypeVar("Config", bound="AdapterConfig")
+Spec = TypeVar("Spec", bound=UpdateSpec)
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,11 @@ class AdapterConfig:
         """The spec of a layer's update in a cycle (0 first), from these arguments
         alone."""
         raise NotImplementedError
+
+    def in_cycle(self, spec: Spec, layer: str, cycle: int) -> Spec:
+        """What `operator_for` gives the layer in another cycle than `spec`: the same,
+        unless cycles have groupings of their own."""
+        return spec
 
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
         """The config that gives each expert of `layer` its operator, for adapters that
@@ -340,6 +346,9 @@ class MoRAConfig(AdapterConfig):
         self, layer: str, d_in: int, d_out: int, cycle: int
     ) -> OperatorSpec:
         r_hat = self.size_of(layer, d_in, d_out)
+        return self.in_cycle(OperatorSpec(self.kind, d_in, d_out, r_hat), layer, cycle)
+
+    def in_cycle(self, spec: Spec, layer: str, cycle: int) -> Spec:
         if self.grouping == ALTERNATE:
             grouping = Grouping.CONTIGUOUS if cycle % 2 else Grouping.STRIDED
         else:
@@ -347,7 +356,7 @@ class MoRAConfig(AdapterConfig):
         seed = 0
         if grouping is Grouping.PERMUTED:
             seed = permutation_seed(self.seed, layer, cycle)
-        return OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed)
+        return spec.with_grouping(grouping, seed)
 
     def to_dict(self) -> JsonObject:
         values = super().to_dict()

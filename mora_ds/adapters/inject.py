@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.config import AS_LOADED, AdapterConfig
 from mora_ds.adapters.domains import Domains
-from mora_ds.adapters.experts import MoRAExperts, compute_sorted
+from mora_ds.adapters.experts import compute_sorted
 from mora_ds.adapters.layer import (
     AdaptedLinear,
     ExpertStack,
@@ -149,7 +149,7 @@ def inject(
             f"`target_modules` includes {both[0]!r}, which `train_head` trains itself: choose one"
         )
     total = count_parameters(model)
-    specs = {name: spec_of(config, name, base, 0) for name, base in targets.items()}
+    specs = {name: spec_of(config, name, base) for name, base in targets.items()}
     domains = None
     if names := getattr(config, "domains", ()):
         require(adapter.name, Capability.DOMAINS, "`domains`")
@@ -233,21 +233,19 @@ def config_of(model: nn.Module) -> AdapterConfig:
 def set_cycle(model: nn.Module, config: AdapterConfig, cycle: int) -> None:
     """Gives every layer its operator of a cycle."""
     for name, layer in mora_layers(model).items():
-        layer.spec = spec_of(config, name, layer, cycle)
+        layer.spec = config.in_cycle(layer.spec, name, cycle)
 
 
-def spec_of(
-    config: AdapterConfig, name: str, module: nn.Module, cycle: int
-) -> UpdateSpec:
-    """The spec of a layer in a cycle; `module`: the layer, or what it replaces."""
+def spec_of(config: AdapterConfig, name: str, module: nn.Module) -> UpdateSpec:
+    """The spec in the first cycle of the layer that replaces `module`."""
     d_in, d_out = linear_shape(module)
-    if isinstance(module, (ExpertStack, MoRAExperts)):
+    if isinstance(module, ExpertStack):
         setting = f"`target_modules` includes {name}, which are experts"
         require(config.adapter, Capability.EXPERTS, setting)
         of_expert = config.of_expert(name, module.experts_per_token)
-        expert_spec = of_expert.operator_for(name, d_in, d_out, cycle)
+        expert_spec = of_expert.operator_for(name, d_in, d_out, cycle=0)
         return StackSpec(module.count, expert_spec)
-    return config.operator_for(name, d_in, d_out, cycle)
+    return config.operator_for(name, d_in, d_out, cycle=0)
 
 
 def frozen_buffers(model: nn.Module, once: bool = False) -> dict[str, Tensor]:

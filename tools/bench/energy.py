@@ -77,7 +77,7 @@ def _mean_shares(base: Path, options: argparse.Namespace) -> dict[str, float]:
     config = MoRAConfig(options.rank, operator="rotate", r_hat_multiple=1)
     of_layers = []
     for name, layer in layers.items():
-        spec = operator_of(spec_of(config, name, layer, 0), name)
+        spec = operator_of(spec_of(config, name, layer), name)
         weight = layer.weight.detach().double()
         of_layers.append(
             _shares(

@@ -29,10 +29,10 @@ grow.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from functools import cached_property, partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +168,9 @@ class OperatorSpec(AdditiveSpec):
         spread = self.tables(adapter_weight.device).spread
         rows = rows_of_outputs(spread, adapter_weight)
         return fold_matrix(self, adapter_weight).T, rows
+
+    def with_grouping(self, grouping: Grouping, seed: int) -> Self:
+        return replace(self, grouping=grouping, seed=seed)
 
     def describe(self) -> str:
         return f"{self.kind.value}/{self.grouping.value}"

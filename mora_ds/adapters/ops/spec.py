@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -136,6 +136,10 @@ class UpdateSpec(ABC):
         change does not depend on the base, takes None for it."""
         assert base_weight is not None
         return self.merged_weight(base_weight, adapter_weight) - base_weight
+
+    def with_grouping(self, grouping: Grouping, seed: int) -> Self:
+        """The spec of the same sizes with this grouping, for operators that have one."""
+        return self
 
     @property
     def size(self) -> int:

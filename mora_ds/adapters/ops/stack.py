@@ -11,14 +11,14 @@ Shape legend:  E = experts, O = d_out, D = d_in, R = r_hat.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.spec import AdditiveSpec
+from mora_ds.adapters.ops.spec import AdditiveSpec, Grouping
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
 from mora_ds.common.untrusted import MAX_SIDE, typed_fully
@@ -82,6 +82,9 @@ class StackSpec(AdditiveSpec):
 
     def single(self, adapter_weight: Tensor, index: int) -> tuple[OperatorSpec, Tensor]:
         return self.operator, adapter_weight[index]
+
+    def with_grouping(self, grouping: Grouping, seed: int) -> Self:
+        return replace(self, operator=self.operator.with_grouping(grouping, seed))
 
     def describe(self) -> str:
         return self.operator.describe()
