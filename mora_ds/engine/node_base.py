@@ -1,30 +1,26 @@
 """The frozen base in host memory, which the processes of a node share
 (`runtime/node_memory.py`).
 
-    share_base(model, ranks)          in `mora_ds.initialize`: moves the weights to memory of the node
-    node_base_of(model).rebuild_weights(...)     a merge, a resume: each layer is written by one process of the node
+    share_base(model, ranks)      in `mora_ds.initialize`: moves the weights to memory of the node
+    node_base_of(model)           which processes share them, for a merge (`remora.merge.rebuild_weights`)
 
 No other run ever trusts this memory: a resumed run forms its weights from the original
-ones and the merge ledger, as one that shares nothing. All processes wait for each other
-before the first weight is written, when none reads them any more, and after the last
-one.
+ones and the merge ledger, as one that shares nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 from functools import partial
-from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from mora_ds.adapters.inject import frozen_buffers, mora_layers, put_frozen
+from mora_ds.adapters.inject import frozen_buffers, put_frozen
 from mora_ds.common.errors import RunError
 from mora_ds.common.tensor_files import Tensors
 from mora_ds.models.decoder_layers import LINE, within_line
@@ -32,9 +28,6 @@ from mora_ds.runtime.node_memory import SharedMemory, node_members, require_memo
 from mora_ds.runtime.ranks import Ranks, balanced
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -48,84 +41,17 @@ class NodeBase:
     slots: Tensors = field(default_factory=dict)
     """Name of a buffer -> its place in the memory of the node."""
 
-    def layers_to_write(self, model: nn.Module) -> list[str]:
-        """Names of the adapted layers whose frozen weights this process writes: its
-        part of those that are shared, and all others, which lie on its device."""
-        layers = mora_layers(model)
-        shared = {
-            name: layer.weight.numel()
-            for name, layer in layers.items()
-            if self._is_shared(name)
-        }
-        written_here = set(self._written_here(shared))
-        return [name for name in layers if name in written_here or name not in shared]
-
-    def _is_shared(self, layer: str) -> bool:
-        return f"{layer}.weight" in self.slots
-
-    def rebuild_weights(
-        self,
-        model: nn.Module,
-        items: Iterable[tuple[str, Item]],
-        work: Callable[[str, Item], Result],
-    ) -> dict[str, Result]:
-        """{name: work(name, item)} for this process's `layers_to_write`; `work` writes a
-        weight.
-
-        Collective, if `items` are, or if any processes share a base: all then have
-        their items before the first weight is written, and an error of one process is
-        one of all.
-        """
-        if self.ranks is None:
-            return {name: work(name, item) for name, item in items}
-        ready = list(items)
-
-        def check() -> None:
-            frozen = frozen_buffers(model)
-            if any(frozen.get(name) is not slot for name, slot in self.slots.items()):
-                raise RunError(
-                    "frozen weights were replaced after the start: they are not those that processes share"
-                )
-
-        self.ranks.agree("start of the rebuilding of the base", check, long=True)
-        return self.ranks.agree(
-            "rebuilding of the base",
-            lambda: {name: work(name, item) for name, item in ready},
-            long=True,
-        )
-
-    def gather_rows(
-        self,
-        rows: Mapping[str, Sequence[Tensor]],
-        names: Sequence[str],
-        width: int,
-    ) -> Tensor:
-        """A table (names, width) in fp32 on the CPU, the same on every process: a row
-        of scalars for each name. `rows` has those of this process's `layers_to_write`.
-        Collective where `rebuild_weights` is."""
-        table = torch.zeros(len(names), width)
-        for index, name in enumerate(names):
-            # A row is added once: other nodes have the same, and so have the processes
-            # of this one where nothing is shared
-            if name in rows and (self.ranks is None or self.is_first_node(name)):
-                table[index] = torch.stack(list(rows[name]))
-        return table if self.ranks is None else self.ranks.sum(table)
-
-    def is_first_node(self, layer: str) -> bool:
-        """Whether this process is rank 0, or for a weight that processes share whether
-        rank 0 is among them: one process of the run that writes the weight."""
-        if self._is_shared(layer):
-            return 0 in self.members
-        return dist.get_rank() == 0 if self.ranks is None else self.ranks.is_rank0
-
     def copy(self, frozen: Tensors) -> None:
         """Copy this process's part of the buffers into the memory of the node."""
-        for name in self._written_here(
-            {name: slot.nbytes for name, slot in self.slots.items()}
-        ):
+        sizes = {name: slot.nbytes for name, slot in self.slots.items()}
+        for name in self.written_here(sizes):
             self.slots[name].copy_(frozen[name])
 
-    def _written_here(self, sizes: Mapping[str, int]) -> list[str]:
+    def shares(self, layer: str) -> bool:
+        """Whether the weight of this adapted layer lies in the memory of the node."""
+        return f"{layer}.weight" in self.slots
+
+    def written_here(self, sizes: Mapping[str, int]) -> list[str]:
         """The names that this process writes: about an equal part of the sum of
         sizes."""
         if self.ranks is None:

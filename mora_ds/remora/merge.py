@@ -7,30 +7,30 @@ At a gradient-accumulation boundary, on all ranks, layer by layer in the same or
     merged weight = cast(original + all recorded deltas + delta(M)), in place; with --base_bits 8, quantize of that sum;
                   of an adapter whose update is no delta its `merged_weight`, of the original and cycle by cycle;
                   with --base_bits 4, quantize of the original, and M stays in the layer of every process;
-                  where the processes of a node share the base, each forms a part of the layers (`engine/node_base.py`)
+                  where the processes of a node share the base, each forms a part of the layers (`rebuild_weights`)
                   the fp32 sum is kept on disk, so that the next merge reads no earlier cycle (`sums`)
     M of every layer into the ledger            one writer a folder (see `Ledger`)
     M, its master weights and its moments to zero; the next cycle's grouping (LoRA: a fresh A)
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mora_ds.adapters.config import AdapterConfig
-from mora_ds.adapters.inject import mora_layers, set_cycle
-from mora_ds.adapters.layer import MergeNorms
+from mora_ds.adapters.inject import frozen_buffers, mora_layers, set_cycle
+from mora_ds.adapters.layer import AdaptedLinear, MergeNorms
 from mora_ds.adapters.ops.spec import Update
 from mora_ds.common.errors import RunError
 from mora_ds.common.files import JsonObject
 from mora_ds.common.tensor_files import Tensors, tensor_nbytes
 from mora_ds.engine import zero
 from mora_ds.engine.layer_prefetcher import prefetcher_of
-from mora_ds.engine.node_base import node_base_of
+from mora_ds.engine.node_base import NodeBase, node_base_of
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Layers, Ledger
 from mora_ds.remora.sums import SUMS_FOLDER, MergedSums
@@ -85,7 +85,7 @@ class MergeReport:
         )
 
 
-def layer_entries(model: torch.nn.Module) -> Layers:
+def layer_entries(model: nn.Module) -> Layers:
     """Module name -> what the ledger records of the layer in its present cycle."""
     return {
         name: LayerEntry(name, layer.transposed, layer.spec)
@@ -141,9 +141,7 @@ class ReMoRA:
         recorded: Tensors = {}
         before = loss_fn() if loss_fn else None
         rows = self._rebuild_weights(self._matrices(recorded), is_merge=True)
-        norms = node_base_of(model).gather_rows(
-            rows, list(entries), len(MergeNorms._fields)
-        )
+        norms = gather_norms(node_base_of(model), rows, list(entries))
         self._record(step, entries, recorded)
         self.sums.commit(self.ledger.head)
         self._start_cycle(self.cycle)
@@ -187,11 +185,11 @@ class ReMoRA:
         model = self.engine.module
         layers = mora_layers(model)
         node = node_base_of(model)
-        written_here = node.layers_to_write(model)
+        written_here = layers_to_write(node, layers)
         kept_here = {
             name: layers[name].shape
             for name in written_here
-            if node.is_first_node(name) and not layers[name].is_packed
+            if is_first_node(node, name) and not layers[name].is_packed
         }
         self.sums.open(self.ledger, kept_here, is_merge)
 
@@ -228,11 +226,11 @@ class ReMoRA:
             new = updates(name, mora_matrix, is_summed)
             return layer.merge(start, new, mora_matrix, keep)
 
-        formed = node.rebuild_weights(model, items(), rebuild_layer)
+        norms = rebuild_weights(node, model, items(), rebuild_layer)
         self.base.release()
         self.ledger.release()
         self.sums.release()
-        return {name: norms for name, norms in formed.items() if norms is not None}
+        return norms
 
     def check_reference_loss(
         self, step: int, before: float | None, after: float | None
@@ -300,3 +298,74 @@ class ReMoRA:
                 init_weights[layer.adapter_weight] = layer.shard(first)
         if init_weights:
             zero.set_fp32(self.engine, init_weights)
+
+
+# -- which process writes which weight -------------------------------------------------
+
+
+def layers_to_write(node: NodeBase, layers: Mapping[str, AdaptedLinear]) -> list[str]:
+    """Names of the layers whose frozen weights this process writes: its part of those
+    that the processes of its node share, and all others, which lie on its device."""
+    shared = {
+        name: layer.weight.numel()
+        for name, layer in layers.items()
+        if node.shares(name)
+    }
+    written_here = set(node.written_here(shared))
+    return [name for name in layers if name in written_here or name not in shared]
+
+
+def rebuild_weights(
+    node: NodeBase,
+    model: nn.Module,
+    items: Iterable[tuple[str, Tensor | None]],
+    work: Callable[[str, Tensor | None], MergeNorms | None],
+) -> dict[str, MergeNorms]:
+    """{name: work(name, item)} for this process's `layers_to_write`, without None;
+    `work` writes a weight.
+
+    Collective, if `items` are, or if any processes share a base: all then have their
+    items before the first weight is written, when no process reads the old ones any
+    more, and an error of one process is one of all.
+    """
+
+    def form(items: Iterable[tuple[str, Tensor | None]]) -> dict[str, MergeNorms]:
+        formed = {name: work(name, item) for name, item in items}
+        return {name: norms for name, norms in formed.items() if norms is not None}
+
+    if node.ranks is None:
+        return form(items)
+    ready = list(items)
+
+    def check() -> None:
+        frozen = frozen_buffers(model)
+        if any(frozen.get(name) is not slot for name, slot in node.slots.items()):
+            raise RunError(
+                "frozen weights were replaced after the start: they are not those that processes share"
+            )
+
+    node.ranks.agree("start of the rebuilding of the base", check, long=True)
+    return node.ranks.agree("rebuilding of the base", lambda: form(ready), long=True)
+
+
+def gather_norms(
+    node: NodeBase, norms: Mapping[str, MergeNorms], names: Sequence[str]
+) -> Tensor:
+    """A table (names, fields of `MergeNorms`) in fp32 on the CPU, the same on every
+    process. `norms`: of this process's `layers_to_write`. Collective where
+    `rebuild_weights` is."""
+    table = torch.zeros(len(names), len(MergeNorms._fields))
+    for index, name in enumerate(names):
+        # A row is added once: other nodes have the same, and so have the processes of
+        # this one where nothing is shared
+        if name in norms and (node.ranks is None or is_first_node(node, name)):
+            table[index] = torch.stack(list(norms[name]))
+    return table if node.ranks is None else node.ranks.sum(table)
+
+
+def is_first_node(node: NodeBase, layer: str) -> bool:
+    """Whether this process is rank 0, or for a weight that processes share whether rank
+    0 is among them: one process of the run that writes the weight."""
+    if node.shares(layer):
+        return 0 in node.members
+    return dist.get_rank() == 0 if node.ranks is None else node.ranks.is_rank0

@@ -22,11 +22,10 @@ from mora_ds.engine.device import BUFFERS
 from mora_ds.engine.host_copies import Copies
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.layer_prefetcher import prefetcher_of, stream_base
-from mora_ds.engine.node_base import node_base_of
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.decoder_layers import find_decoder_layers, weights_of_layers
 from mora_ds.planning.step import Streamed, Work, planned_model
-from tests.helpers.engines import ds_config, trained_values
+from tests.helpers.engines import ds_config, rewrite, trained_values
 from tests.helpers.errors import run_error, user_error
 from tests.helpers.models import (
     FAMILIES,
@@ -136,15 +135,12 @@ def change(model):
     if prefetcher := prefetcher_of(model):
         prefetcher.invalidate()
     layers = mora_layers(model)
-    node = node_base_of(model)
 
-    def grow(_, layer):
+    def grow(name, _):
         if base_bits_of(model) != 4:  # which no merge writes
-            layer.rebuild_weight(layer.read().float() * 1.5, [])
+            layers[name].rebuild_weight(layers[name].read().float() * 1.5, [])
 
-    node.rebuild_weights(
-        model, [(name, layers[name]) for name in node.layers_to_write(model)], grow
-    )
+    rewrite(model, grow)
 
 
 def storages_read(model):

@@ -19,11 +19,12 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.engine.node_base import NodeBase, node_base_of
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.load import load_base
+from mora_ds.remora.merge import gather_norms, layers_to_write
 from mora_ds.runtime import node_memory
 from mora_ds.runtime.node_memory import SharedMemory, free_bytes
 from mora_ds.runtime.ranks import Ranks, balanced
 from mora_ds.train.run import Run
-from tests.helpers.engines import CountedBelow, ds_config, half_precision
+from tests.helpers.engines import CountedBelow, ds_config, half_precision, rewrite
 from tests.helpers.errors import run_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import refused, run
@@ -167,21 +168,19 @@ def faults():
     """An error of one process is raised on all."""
     model = model_with_mora()
     initialize(model=model, config=ds_config(3, 2, 1))
-    node = node_base_of(model)
     is_odd = dist.get_rank() == 1
 
-    def work(name, item):
+    def work(name, _):
         if is_odd:
             raise RunError(f"no memory for {name}")
 
-    items = [(name, None) for name in node.layers_to_write(model)]
     with run_error("rank 1: no memory for"):
-        node.rebuild_weights(model, items, work)
+        rewrite(model, work)
     if is_odd:
         layer = next(iter(mora_layers(model).values()))
         layer.weight = layer.weight.clone()
     with run_error("replaced after the start"):
-        node.rebuild_weights(model, items, lambda name, item: None)
+        rewrite(model, lambda name, _: None)
 
 
 def test_an_error_of_one_process_is_one_of_all():
@@ -214,8 +213,8 @@ def test_a_process_alone_owns_all_layers_and_several_deal_them_out():
     sizes = {"a": 5, "b": 1, "c": 4, "d": 1}
     assert balanced(sizes, 2) == [["a", "d"], ["c", "b"]]
     assert balanced(sizes, 5)[4] == []
-    model = model_with_mora()
-    assert NodeBase().layers_to_write(model) == list(mora_layers(model))
+    layers = mora_layers(model_with_mora())
+    assert layers_to_write(NodeBase(), layers) == list(layers)
 
 
 def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once():
@@ -227,19 +226,20 @@ def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once()
         for name, layer in layers.items()
         if name != "lm_head"
     }
-    total = torch.zeros(len(layers), 1)
+    total = torch.zeros(len(layers), 4)
     written = []
     for rank in range(4):  # of two nodes
         ranks = mock.Mock(rank=rank, is_rank0=rank == 0, sum=lambda table: table)
         base = NodeBase(ranks, (0, 1) if rank < 2 else (2, 3), slots)
-        written += base.layers_to_write(model)
-        rows = {
-            name: [torch.tensor(float(1 + list(layers).index(name)))]
-            for name in base.layers_to_write(model)
+        names = layers_to_write(base, layers)
+        written += names
+        norms = {
+            name: 4 * [torch.tensor(float(1 + list(layers).index(name)))]
+            for name in names
         }
-        total += base.gather_rows(rows, list(layers), 1)
+        total += gather_norms(base, norms, list(layers))
     assert sorted(written) == sorted([*layers, "lm_head"] * 2)
-    assert total.flatten().tolist() == list(range(1, 1 + len(layers)))
+    assert total.tolist() == [[number] * 4 for number in range(1, 1 + len(layers))]
 
 
 def named_memory():

@@ -18,6 +18,7 @@ from mora_ds.engine.traffic import nbytes_of
 from mora_ds.engine.zero import view_of
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.remora.ledger import Ledger
+from mora_ds.remora.merge import layers_to_write, rebuild_weights
 from mora_ds.train.run import Run
 from tests.helpers.adapters import summed
 from tests.helpers.models import causal_loss, micro_step, tiny_model, tokens
@@ -123,20 +124,23 @@ def state_tensors(engine, group):
 def merge_by_hand(engine):
     model = engine.module
     layers = mora_layers(model)
-    node = node_base_of(model)
     mora_matrices = {
         name: zero.full_fp32(layer.mora_matrix) for name, layer in layers.items()
     }
 
-    def add(name, mora_matrix):
-        layers[name].weight += delta_weight(layers[name].spec, mora_matrix)
+    def add(name, _):
+        layers[name].weight += delta_weight(layers[name].spec, mora_matrices[name])
 
-    node.rebuild_weights(
-        model,
-        [(name, mora_matrices[name]) for name in node.layers_to_write(model)],
-        add,
-    )
+    rewrite(model, add)
     zero.reset_group(engine, 0)
+
+
+def rewrite(model, work):
+    """work(name, None) for each layer whose frozen weight this process writes in a
+    merge."""
+    node = node_base_of(model)
+    items = [(name, None) for name in layers_to_write(node, mora_layers(model))]
+    rebuild_weights(node, model, items, work)
 
 
 class CountedBelow(TorchDispatchMode):
