@@ -33,6 +33,7 @@ from mora_ds.adapters.inject import (
 from mora_ds.adapters.quantized import base_bits_of
 from mora_ds.adapters.registry import Capability, adapter_type, require
 from mora_ds.common.errors import RunError, UserError, whole_number
+from mora_ds.common.tensor_files import tensor_checksum
 from mora_ds.engine import muon, zero
 from mora_ds.engine.device import check_kernels, current_device, is_cpu, take_device
 from mora_ds.engine.ds_config import (
@@ -47,7 +48,6 @@ from mora_ds.engine.layer_prefetcher import names_on_host, stream_base
 from mora_ds.engine.module_hooks import remove_unused_hooks
 from mora_ds.engine.node_base import share_base
 from mora_ds.engine.zero import view_of
-from mora_ds.models.base import tensor_checksum
 from mora_ds.parallel.limits import check_tensor_parallel
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology

@@ -16,13 +16,11 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -35,6 +33,7 @@ from mora_ds.common.tensor_files import (
     dtype_name,
     open_safetensors,
     shape_dtype,
+    tensor_checksum,
     tensor_nbytes,
 )
 from mora_ds.common.untrusted import FileName, entry
@@ -70,7 +69,6 @@ class BaseCheckpoint:
     def __init__(self, folder: Path, file_of: Mapping[str, Path]) -> None:
         self.folder = folder
         self._file_of = dict(file_of)
-        self._handles: dict[Path, Any] = {}
         self._members: dict[str, list[list[str]]] = {}
         self._fingerprint: str | None = None
         self.stat_signatures = {path: stat_signature(path) for path in self.files()}
@@ -136,8 +134,10 @@ class BaseCheckpoint:
         Files that were only touched, moved or copied are accepted: they are read once,
         and must have this `fingerprint`.
         """
-        if not (changed := self.changed_files()):
-            return
+        if changed := self.changed_files():
+            self._require_weights(fingerprint, changed[0])
+
+    def _require_weights(self, fingerprint: str, changed: Path) -> None:
         stat_signatures = {path: stat_signature(path) for path in self.stat_signatures}
         try:
             is_same = BaseCheckpoint.open(self.folder).fingerprint() == fingerprint
@@ -145,7 +145,7 @@ class BaseCheckpoint:
             is_same = False
         if not is_same:
             raise BaseChanged(
-                f"{changed[0]} was changed or replaced during the run, which reads its weights from there: the model "
+                f"{changed} was changed or replaced during the run, which reads its weights from there: the model "
                 "in memory is no longer the one that was trained. Restore the original file and resume"
             )
         logger.info(
@@ -199,19 +199,20 @@ class BaseCheckpoint:
         return self._members[key]
 
     def _handle(self, key: str) -> Any:
-        path = self._file_of[key]
-        if path not in self._handles:
-            if stat_signature(path) != self.stat_signatures[path]:
-                raise BaseChanged(
-                    f"{path} was changed or replaced during the run: restore the original file and resume"
-                )
-            self._handles[path] = open_safetensors(path)
-        return self._handles[path]
+        return self._handles[self._file_of[key]]
+
+    @cached_property
+    def _handles(self) -> dict[Path, Any]:
+        if changed := self.changed_files():
+            raise BaseChanged(
+                f"{changed[0]} was changed or replaced during the run: restore the original file and resume"
+            )
+        return {path: open_safetensors(path) for path in self.stat_signatures}
 
     def release(self) -> None:
         """Unmap the files, because pages that were read count as memory of this process.
         The next `read` maps them again. Tensors from `read` stay valid."""
-        self._handles.clear()
+        vars(self).pop("_handles", None)
 
     def fingerprint(self, ranks: Ranks | None = None) -> str:
         """Hex sha256 of the tensors' names, dtypes, shapes and checksums, independent
@@ -377,59 +378,9 @@ def verify_against_model(
             )
 
 
-# -- checksum --------------------------------------------------------------------------
-
-_CHUNK = 1 << 15
-"""64-bit words per chunk: 256 KiB, which fit into a core's cache."""
-
-_CHUNKS_PER_KERNEL = 256
-"""Chunks hashed at a time on a GPU: 64 MiB, to reduce the overhead of kernel
-launches."""
-
-_MULTIPLIER = -7046029254386353131
-"""2**64 divided by the golden ratio. It is odd, so multiplying by it is a bijection."""
-
-
-def tensor_checksum(tensor: Tensor) -> int:
-    """A 64-bit checksum of a tensor's bytes in order, the same on every device.
-
-    Per chunk: the sum of mix(word) * odd(position) mod 2**64, where mix is a bijection
-    and the odd factors are pseudo-random. A change of one word always changes the sum;
-    a swap of two words changes it except with a probability of about 2**-32. The sums
-    of all chunks are hashed in order. Not secure against an adversary.
-    """
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    factors = _factors(raw.device)
-    sums = []
-    chunks = 1 if raw.device.type == "cpu" else _CHUNKS_PER_KERNEL
-    for part in raw.split(chunks * _CHUNK * 8):
-        padding = -part.numel() % (_CHUNK * 8)
-        words = (
-            F.pad(part, (0, padding)).view(torch.int64).view(-1, _CHUNK) * _MULTIPLIER
-        )
-        # Masked, because the shift of a signed word copies its sign bit
-        high_halves = (words >> 32).bitwise_and_(0xFFFFFFFF)
-        sums.append(words.bitwise_xor_(high_halves).mul_(factors).sum(dim=1))
-    digest = hashlib.blake2b(str(raw.numel()).encode(), digest_size=8)
-    if raw.numel():
-        digest.update(torch.cat(sums).cpu().numpy().astype("<i8").tobytes())
-    return int.from_bytes(digest.digest(), "little")
-
-
 def _same_bits(one: Tensor, another: Tensor) -> bool:
     """Whether two tensors of one dtype are bit-identical: NaN equals itself, 0 differs
     from -0."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     word = words[one.itemsize]
     return torch.equal(one.view(word), another.view(word))
-
-
-@lru_cache(maxsize=8)
-def _factors(device: torch.device) -> Tensor:
-    """(_CHUNK,) odd numbers: splitmix64 of the position (Steele, Lea & Flood 2014)."""
-    z = np.arange(1, _CHUNK + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z = (z ^ (z >> np.uint64(31))) | np.uint64(1)
-    with torch.inference_mode(False):
-        return torch.from_numpy(z.view(np.int64)).to(device)

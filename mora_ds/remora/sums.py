@@ -28,8 +28,8 @@ from mora_ds.common.tensor_files import (
     Shape,
     open_safetensors,
     shape_dtype,
+    tensor_checksum,
 )
-from mora_ds.models.base import tensor_checksum
 from mora_ds.remora.ledger import Ledger
 
 logger = logging.getLogger(__name__)

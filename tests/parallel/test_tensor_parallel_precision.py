@@ -8,8 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from mora_ds.adapters.inject import frozen_buffers
+from mora_ds.common.tensor_files import tensor_checksum
 from mora_ds.engine import zero
-from mora_ds.models.base import tensor_checksum
 from mora_ds.parallel.topology import shard_info
 from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA

@@ -11,12 +11,12 @@ from deepspeed.utils import safe_get_full_grad
 
 from mora_ds.adapters.inject import frozen_buffers, mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
+from mora_ds.common.tensor_files import tensor_checksum
 from mora_ds.data import IGNORED
 from mora_ds.data.documents import Documents
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.models.attention import use_document_attention
-from mora_ds.models.base import tensor_checksum
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import bind_sequence_parallel
 from mora_ds.train.preflight import check_split
