@@ -38,6 +38,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mora_ds.models.decoder_layers import find_decoder_layers
 
+_GATHERED = ZeroParamStatus.AVAILABLE
+_SHARDED = ZeroParamStatus.NOT_AVAILABLE
+
+_FREES: tuple[dict[str, bool], ...] = ({}, {"free_data": True})
+"""The arguments with which DeepSpeed only frees a parameter."""
+
 _MAX_SLICES = 1024
 """Maximum of parameters times ranks for a coalesced all-gather of persistent parameters.
 Its result is sliced in Python by parameters and ranks, which for more slices takes
@@ -73,8 +79,10 @@ def remove_unused_hooks(engine: Any) -> list[str]:
             _coalesce_refresh(persistent)
         for parameter in persistent:
             free_quickly(parameter)
+        # Some are sharded before the first pass, after a step skipped by fp16 and after a
+        # `GatheredParameters` context; otherwise the step has already gathered all
         root.register_forward_pre_hook(
-            lambda *_: gather_persistent(persistent), prepend=True
+            lambda *_: persistent[0].all_gather(persistent), prepend=True
         )
     return hooked
 
@@ -97,14 +105,11 @@ def _views(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Forward pre-hook that returns views of the inputs. DeepSpeed's hooks pass inputs
     through an autograd function, so gradients of an input are first summed within each
     module. The views keep this order of summation, and so identical bits."""
-    return tuple(
-        item.view_as(item) if isinstance(item, Tensor) and item.requires_grad else item
-        for item in inputs
-    )
+    return tuple(x.view_as(x) if _needs_gradient(x) else x for x in inputs)
 
 
 def _coalesce_refresh(persistent: list[Any]) -> None:
-    """Make a step refresh all persistent parameters by one all-gather. DeepSpeed uses
+    """Gather all persistent parameters that are sharded by one all-gather. DeepSpeed uses
     one for each (partition_parameters.py, `_allgather_params_coalesced`), which is
     dominated by latency."""
     first = persistent[0]
@@ -112,24 +117,12 @@ def _coalesce_refresh(persistent: list[Any]) -> None:
 
     def all_gather(param_list: Any = None, **options: Any) -> Any:
         # stage3.py, `_post_step`, passes this list
-        if param_list is persistent:
-            return first.all_gather_coalesced(_sharded(persistent)).wait()
-        return one_by_one(param_list, **options)
+        if param_list is not persistent:
+            return one_by_one(param_list, **options)
+        sharded = [weight for weight in persistent if weight.ds_status is _SHARDED]
+        return first.all_gather_coalesced(sharded).wait() if sharded else None
 
     first.all_gather = all_gather
-
-
-def _sharded(parameters: list[Any]) -> list[Any]:
-    """The parameters that are not gathered."""
-    missing = ZeroParamStatus.NOT_AVAILABLE
-    return [weight for weight in parameters if weight.ds_status is missing]
-
-
-def gather_persistent(persistent: list[Any]) -> None:
-    """All-gather the persistent parameters that are sharded. These exist before the
-    first pass, after a step skipped by fp16 and after a `GatheredParameters` context;
-    otherwise the step has already gathered all."""
-    persistent[0].all_gather(_sharded(persistent))
 
 
 # -- the hooks of a decoder layer -------------------------------------------------------
@@ -207,18 +200,12 @@ def free_quickly(parameter: Any) -> None:
     would also format unused messages. Other cases still use it."""
     partition = parameter.partition
 
-    def free(
-        param_list: Any = None,
-        hierarchy: int = 0,
-        has_been_updated: bool = False,
-        free_data: bool = True,
-    ) -> None:
-        is_gathered = parameter.ds_status is ZeroParamStatus.AVAILABLE
-        if is_gathered and param_list is None and free_data and not has_been_updated:
-            free_param(parameter)
-            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
-        else:
-            partition(param_list, hierarchy, has_been_updated, free_data)
+    def free(*lists: Any, **options: Any) -> None:
+        if lists or options not in _FREES or parameter.ds_status is not _GATHERED:
+            partition(*lists, **options)
+            return
+        free_param(parameter)
+        parameter.ds_status = _SHARDED
 
     parameter.partition = free
 

@@ -16,7 +16,7 @@ from mora_ds.engine import ds_config as ds_config_module
 from mora_ds.engine import initialize as initialize_module
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.engine.module_hooks import call_in_backward, gather_persistent
+from mora_ds.engine.module_hooks import call_in_backward
 from mora_ds.engine.traffic import CollectiveCounter, nbytes_of
 from tests.helpers.engines import ds_config, trained_values
 from tests.helpers.models import (
@@ -251,7 +251,7 @@ def gathered_when_needed():
         pass
     with torch.no_grad():
         assert torch.isfinite(causal_loss(engine, tokens(2, seed=0)))
-    gather_persistent(persistent)
+    persistent[0].all_gather(persistent)
     return history
 
 
