@@ -329,13 +329,13 @@ def rebuild_weights(
     more, and an error of one process is one of all.
     """
 
-    def form(items: Iterable[tuple[str, Tensor | None]]) -> dict[str, MergeNorms]:
-        formed = {name: work(name, item) for name, item in items}
-        return {name: norms for name, norms in formed.items() if norms is not None}
+    def rebuild() -> dict[str, MergeNorms]:
+        results = ((name, work(name, item)) for name, item in items)
+        return {name: norms for name, norms in results if norms is not None}
 
     if node.ranks is None:
-        return form(items)
-    ready = list(items)
+        return rebuild()
+    items = list(items)
 
     def check() -> None:
         frozen = frozen_buffers(model)
@@ -345,7 +345,7 @@ def rebuild_weights(
             )
 
     node.ranks.agree("start of the rebuilding of the base", check, long=True)
-    return node.ranks.agree("rebuilding of the base", lambda: form(ready), long=True)
+    return node.ranks.agree("rebuilding of the base", rebuild, long=True)
 
 
 def gather_norms(
