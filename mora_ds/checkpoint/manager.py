@@ -54,7 +54,6 @@ from mora_ds.common.files import (
 )
 from mora_ds.common.object_store import StoreError
 from mora_ds.common.tensor_files import Tensors
-from mora_ds.common.untrusted import is_url
 from mora_ds.engine.shards import Layout
 from mora_ds.runtime.exchange import gather_to_rank0
 from mora_ds.runtime.ranks import Ranks, Result
@@ -390,8 +389,6 @@ def resume_checkpoint(wanted: str, root: Path, flag: str = RESUME) -> Path | Non
 
 def _asked_for(wanted: str, root: Path, flag: str) -> tuple[Storage, str]:
     if wanted != LATEST:
-        if is_url(wanted) and (own := storages.bound(root, wanted)):
-            return own
         return storages.located(local(wanted, flag))
     storage = storages.storage_of(root)
     name = storage.linked(LATEST)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mora_ds.checkpoint.layout import BEST, LATEST, is_step_name
-from mora_ds.common.fetched import with_urls
+from mora_ds.common.fetched import kept_at
 from mora_ds.common.files import (
     MANIFEST,
     atomic_path,
@@ -247,7 +247,8 @@ class ObjectStorage:
     """
 
     def __init__(self, root: Path, url: str, copies: Path) -> None:
-        """`root`: never made. `copies`: of what is read, for this run alone."""
+        """`copies`: the folder for those of what is read, for this run alone. It may be
+        `root`, which is not read but for them."""
         self.root = root
         self._copies = copies
         self._store = ObjectStore(url)
@@ -258,22 +259,22 @@ class ObjectStorage:
         return self._store.folders()
 
     def sizes(self, folder: str) -> dict[str, int]:
-        return self._store.sizes(self._key(folder))
+        key = self._key(folder)
+        found = self._store.find(key)
+        return {name.removeprefix(f"{key}/"): size for name, (size, _) in found.items()}
 
     def exists(self, file: str) -> bool:
-        return self._store.size(self._key(file)) is not None
+        return self._store.facts(self._key(file)) is not None
 
     def open_read(self, name: str) -> Path:
         """Fetched once, for all ranks of the machine."""
         key = self._key(name)
-        if (self._copies / key).is_file():
-            return self._copies / key
-        files = [key]
-        if self._store.size(key) is None:
-            files = [f"{key}/{file}" for file in self._store.sizes(key)]
-        missing = [file for file in files if not (self._copies / file).exists()]
-        self._store.fetch(missing, self._copies)
-        return self._copies / key
+        copy = self._copies / key
+        if not copy.is_file():
+            files = [key] if self._store.facts(key) else self._store.find(key)
+            missing = [file for file in files if not (self._copies / file).exists()]
+            self._store.fetch(missing, self._copies)
+        return copy
 
     @contextmanager
     def write(self, file: str) -> Iterator[Path]:
@@ -297,9 +298,11 @@ class ObjectStorage:
 
     def _replace(self, written: str, final: str) -> None:
         self._delete(final)
-        files = self._store.sizes(written)
-        for file in sorted(files, key=lambda file: file == MANIFEST):
-            self._store.copy(f"{written}/{file}", f"{final}/{file}")
+        manifest = f"{written}/{MANIFEST}"
+        for file in sorted(
+            self._store.find(written), key=lambda file: file == manifest
+        ):
+            self._store.copy(file, file.replace(written, final, 1))
         self._delete(written)
 
     def delete(self, folder: str) -> None:
@@ -331,7 +334,7 @@ class ObjectStorage:
         return name if name in self.folders() else None
 
     def _is_committed(self, key: str) -> bool:
-        return self._store.size(f"{key}/{MANIFEST}") is not None
+        return self._store.facts(f"{key}/{MANIFEST}") is not None
 
     def _key(self, name: str) -> str:
         """Where the objects of a name lie: what is written under a hidden name, under
@@ -350,35 +353,7 @@ def _final_name(folder: str) -> str:
     return final if is_hidden else folder
 
 
-_URLS: dict[Path, str] = {}
-"""Folder of checkpoints -> the URL where they are instead."""
-
-
-def bind(root: Path, url: str) -> None:
-    """From now on, in this process, the checkpoints of the folder `root` are kept below
-    a URL."""
-    _URLS[root.resolve()] = url
-
-
-def bound(root: Path, url: str) -> tuple[Storage, str] | None:
-    """The storage of `root` and the name there of a checkpoint, or a link, that a URL
-    names; None if it is elsewhere."""
-    parent, _, name = url.rstrip("/").rpartition("/")
-    if _URLS.get(root.resolve()) != parent:
-        return None
-    storage = storage_of(root)
-    return storage, storage.linked(name) or name
-
-
-def public_name(checkpoint: Path) -> str:
-    """The path or URL of a checkpoint, for messages."""
-    url = _URLS.get(checkpoint.parent.resolve())
-    return with_urls(checkpoint) if url is None else f"{url}/{checkpoint.name}"
-
-
 def make_storage(root: Path) -> Storage:
     """The storage of a folder of checkpoints: the one place that chooses its kind."""
-    url = _URLS.get(root.resolve())
-    if url is None:
-        return LocalStorage(root)
-    return ObjectStorage(root, url, root.with_name(f".{root.name}"))
+    url = kept_at(root)
+    return LocalStorage(root) if url is None else ObjectStorage(root, url, root)

@@ -4,6 +4,9 @@
     local("s3://bucket/run")                  .../step-000100, the run's latest checkpoint
     local("out/checkpoints/latest")           the same path
 
+And the other way: `with_urls` names URLs in messages, of copies and of what a run whose
+--output_dir is a URL (`bind`) has in its working folder.
+
 A folder is complete as soon as it has its name. What has changed at the URL since is
 fetched again, into another one. Nothing is ever deleted: it is a cache.
 """
@@ -20,7 +23,7 @@ from pathlib import Path
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import atomic_folder, disk_errors, json_digest
-from mora_ds.common.object_store import ObjectStore, StoreError
+from mora_ds.common.object_store import Objects, ObjectStore, StoreError
 from mora_ds.common.untrusted import expanded, is_url
 
 CHECKPOINTS = "checkpoints"
@@ -33,7 +36,10 @@ ALL = ("*",)
 _cache: Path | None = None
 """The folder of `fetch_into`."""
 _urls: dict[str, str] = {}
-"""Fetched folder -> its URL."""
+"""Folder of this machine -> the URL that it stands for: a copy of what is there, or the
+working folder of a run there."""
+_checkpoints: dict[str, str] = {}
+"""Folder of a run's checkpoints, which are not in it -> the URL where they are."""
 
 
 def users_cache() -> Path:
@@ -63,11 +69,27 @@ def local(
     """
     if not is_url(place):
         return expanded(place, flag)
+    for root, url in _checkpoints.items():
+        if str(place).startswith(f"{url}/"):
+            return Path(root + str(place).removeprefix(url))
     return fetched_once(str(place), flag, names, all_checkpoints)
 
 
+def bind(folder: Path, url: str) -> None:
+    """From now on, in this process, a run at a URL works in `folder`, a resolved path.
+    Its checkpoints are at the URL alone."""
+    _urls[str(folder)] = url
+    _checkpoints[f"{folder}/{CHECKPOINTS}"] = f"{url}/{CHECKPOINTS}"
+
+
+def kept_at(root: Path) -> str | None:
+    """The URL of the checkpoints that a run has in the folder `root`; None where they are
+    in it."""
+    return _checkpoints.get(str(root.resolve()))
+
+
 def with_urls(text: object) -> str:
-    """A message in which fetched folders have their URLs as names."""
+    """A message in which folders that stand for URLs have those as names."""
     message = str(text)
     for folder, url in _urls.items():
         message = message.replace(folder, url)
@@ -82,7 +104,7 @@ def fetched_once(
     store = _followed(ObjectStore(url, flag), all_checkpoints)
     versions = {
         name: version
-        for name, version in store.versions("").items()
+        for name, version in store.find().items()
         if any(fnmatch(name, pattern) for pattern in names)
     }
     if not versions:
@@ -98,7 +120,7 @@ def fetched_once(
     return folder
 
 
-def _fetch(store: ObjectStore, versions: dict[str, str], folder: Path) -> None:
+def _fetch(store: ObjectStore, versions: Objects, folder: Path) -> None:
     # A lock may be of this node alone: another one fetches into a folder of its own
     own = folder.with_name(f".{platform.node()}")
     with _locked(folder.with_name(".lock")):
@@ -109,7 +131,7 @@ def _fetch(store: ObjectStore, versions: dict[str, str], folder: Path) -> None:
             if checkpoint := _linked(store, LATEST):
                 (partial / LATEST).unlink(missing_ok=True)
                 (partial / LATEST).symlink_to(checkpoint)
-            if not versions.items() <= store.versions("").items():
+            if not versions.items() <= store.find().items():
                 raise StoreError(
                     f"{store.url} has changed while it was fetched: try again"
                 )
@@ -131,7 +153,7 @@ def _followed(store: ObjectStore, all_checkpoints: bool) -> ObjectStore:
 
 def _linked(store: ObjectStore, link: str) -> str | None:
     """The folder that an object names, if it is a link."""
-    if store.size(link) is None:
+    if store.facts(link) is None:
         return None
     name = store.read(link).decode(errors="replace")
     return name if name.startswith("step-") and "/" not in name else None

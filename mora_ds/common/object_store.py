@@ -16,12 +16,12 @@ import threading
 import time
 from collections.abc import Sequence
 from glob import has_magic
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import fsspec
+from fsspec.implementations.dirfs import DirFileSystem
 
 from mora_ds.common.errors import RunError, UserError, reason
 from mora_ds.common.files import DISK_FULL
@@ -52,6 +52,10 @@ _SECRET = re.compile(r"(?<=\?)\S+|(?<=://)[^/\s]*:\S*(?=@)")
 """What may be a signature or KEY:SECRET, in the URLs of other libraries' messages."""
 
 
+Objects = dict[str, tuple[int, str]]
+"""Name of an object -> (bytes, version). The version is a text that changes with it."""
+
+
 class StoreError(RunError):
     """A store has not done what it was asked for, in spite of retries."""
 
@@ -77,7 +81,7 @@ class ObjectStore:
         # What other ranks and other machines write is seen at once
         options = {"use_listings_cache": False, **_OPTIONS.get(protocol, {})}
         try:
-            self.filesystem, root = fsspec.core.url_to_fs(url, **options)
+            filesystem, root = fsspec.core.url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
             raise UserError(
                 f"{where}: {reason(error)} (pip install 'mora_ds[s3]', 'mora_ds[gcs]', 'mora_ds[abfs]')"
@@ -86,20 +90,20 @@ class ObjectStore:
             raise UserError(
                 f"{where}: give a bucket, or another store that outlives the process, and a name in it"
             )
-        self._root = root.rstrip("/")
+        self.filesystem = DirFileSystem(root, filesystem)
 
     def put(self, name: str, source: Path) -> None:
         """Store a file of this machine."""
-        self._call("put_file", str(source), self._path(name))
+        self._call("put_file", str(source), name)
 
     def write(self, name: str, data: bytes) -> None:
-        self._call("pipe_file", self._path(name), data)
+        self._call("pipe_file", name, data)
 
     def create(self, name: str, data: bytes) -> bool:
         """Store an object unless there is one; False where there is. At once, where the
         store can: s3fs asks with If-None-Match."""
         try:
-            self._call("pipe_file", self._path(name), data, mode="create")
+            self._call("pipe_file", name, data, mode="create")
         except FileExistsError:
             return False
         return True
@@ -112,7 +116,7 @@ class ObjectStore:
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
         """Bytes of an object, which must be there."""
-        content: bytes = self._call("cat_file", self._path(name), start=start, end=end)
+        content: bytes = self._call("cat_file", name, start=start, end=end)
         return content
 
     def fetch(self, names: Sequence[str], folder: Path) -> None:
@@ -120,75 +124,55 @@ class ObjectStore:
         targets = [str(folder / relative_path(name)) for name in names]
         try:
             if names:
-                self._call("get", [self._path(name) for name in names], targets)
+                self._call("get", list(names), targets)
         except StoreError as error:
             # A part of a file would pass for the file
             for target in targets:
                 Path(target).unlink(missing_ok=True)
             raise StoreError(f"{error} (fetched into {folder})") from error
 
-    def size(self, name: str) -> int | None:
-        """Bytes of an object; None where there is none."""
-        facts = self._found({}, "info", name)
-        return int(facts["size"]) if facts.get("type") == "file" else None
+    def facts(self, name: str) -> tuple[int, str] | None:
+        """(bytes, version) of an object; None where there is none."""
+        said = self._found({}, "info", name)
+        return object_facts(said) if said.get("type") == "file" else None
 
-    def sizes(self, folder: str) -> dict[str, int]:
-        """{name in the folder: bytes} of all objects below it."""
-        facts = self._facts(folder)
-        return {name: facts[name]["size"] for name in facts}
+    def find(self, folder: str = "") -> Objects:
+        """All objects below a name."""
+        return self._list("find", folder)
 
-    def versions(self, folder: str) -> dict[str, str]:
-        """{name in the folder: text} of all objects below it. The text changes with the
-        object."""
-        facts = self._facts(folder)
-        return {name: version_of(facts[name]) for name in facts}
+    def glob(self, pattern: str) -> Objects:
+        """The objects that fit a pattern, or lie in the folder of that name."""
+        return self._list("glob", pattern) or self.find(pattern)
 
-    def _facts(self, folder: str) -> dict[str, dict[str, Any]]:
-        files = self._found({}, "find", folder, detail=True)
-        prefix = f"{self._path(folder)}/"
+    def _list(self, method: str, name: str) -> Objects:
+        found = self._found({}, method, name, detail=True)
         return {
-            path.removeprefix(prefix): files[path]
-            for path in files
-            if path.startswith(prefix)
+            name: object_facts(found[name])
+            for name in found
+            if name and found[name]["type"] == "file"
         }
-
-    def glob(self, pattern: str) -> dict[str, dict[str, Any]]:
-        """{name: what its library says of it} of objects that fit a pattern, or lie in
-        the folder of that name."""
-        found = self._found({}, "glob", pattern, detail=True)
-        prefix = f"{self._path('')}/"
-        facts = {
-            path.removeprefix(prefix): found[path]
-            for path in found
-            if found[path]["type"] == "file"
-        }
-        in_folder = self._facts(pattern) if not facts else {}
-        return facts | {f"{pattern}/{name}": in_folder[name] for name in in_folder}
 
     def folders(self) -> list[str]:
         """The first parts of names, where others follow."""
         entries = self._found([], "ls", "", detail=True)
         return [
-            entry["name"].rstrip("/").rpartition("/")[2]
+            entry["name"].strip("/")
             for entry in entries
             if entry["type"] == "directory"
         ]
 
     def copy(self, source: str, target: str) -> None:
         """Copy an object, in the store."""
-        self._call("cp_file", self._path(source), self._path(target))
+        self._call("cp_file", source, target)
 
     def delete(self, name: str) -> None:
         """Delete an object, or all below a name; there need not be any."""
         self._found(None, "rm", name, recursive=True)
 
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}".rstrip("/")
-
     def _found(self, absent: Any, method: str, name: str, **options: Any) -> Any:
         """What a method returns; `absent` where there is nothing of that name."""
         try:
-            return self._call(method, self._path(name), **options)
+            return self._call(method, name, **options)
         except NoObject:
             return absent
 
@@ -212,27 +196,34 @@ class ObjectStore:
                 time.sleep(pause_s)
 
 
-def matches(pattern: str) -> dict[str, tuple[int, str]]:
-    """{URL: (bytes, version)} of the objects that a URL names: one, those that fit *, ?
-    and [, or all in a folder."""
+def in_folder(pattern: str) -> tuple[str, str]:
+    """(folder without *, ? and [, what follows it) of a URL."""
+    found = re.fullmatch(r"([^*?[]*)/(.+)", pattern.rstrip("/"))
+    assert found is not None, "a URL has slashes"
+    return found[1], found[2]
+
+
+def matches(pattern: str) -> Objects:
+    """The objects that a URL names, by their URLs: one, those that fit *, ? and [, or
+    all in a folder."""
     if pattern.startswith("http"):
         # There ? begins a signature
         check_url(pattern, "")
-    parts = pattern.rstrip("/").split("/")
-    plain = list(takewhile(lambda part: not has_magic(part), parts[:-1]))
-    store = ObjectStore("/".join(plain), "")
-    rest = "/".join(parts[len(plain) :])
-    facts = store.glob(rest)
-    return {
-        f"{store.url}/{name}": (facts[name]["size"], version_of(facts[name]))
-        for name in facts
-    }
+    folder, rest = in_folder(pattern)
+    store = ObjectStore(folder, "")
+    found = store.glob(rest)
+    return {f"{store.url}/{name}": found[name] for name in found}
 
 
-def version_of(facts: dict[str, Any]) -> str:
-    """Size and version of an object, from what its library says of it."""
-    names = "size ETag etag mtime LastModified last_modified Last-Modified blob_id"
-    return " ".join(str(facts[name]) for name in names.split() if name in facts)
+_VERSIONS = ("ETag", "etag", "mtime", "Last-Modified", "last_modified", "blob_id")
+"""What stores call the version of an object, the best ones first."""
+
+
+def object_facts(said: dict[str, Any]) -> tuple[int, str]:
+    """(bytes, version), from what a library says of an object."""
+    # Azure quotes it in one of two answers
+    versions = [str(said[name]).strip('"') for name in _VERSIONS if name in said]
+    return said["size"], "".join(versions[:1])
 
 
 RENEWED_S = 5.0

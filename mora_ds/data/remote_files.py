@@ -5,10 +5,11 @@ disk is, and never stored on this machine: the token cache holds their tokens al
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import dataclass
 from glob import has_magic
 from typing import Any
+
+from fsspec.spec import AbstractBufferedFile
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
@@ -17,10 +18,8 @@ from mora_ds.data.members import FileMember
 from mora_ds.data.readers import TOKENS, file_kind, has_known_suffix
 
 BLOCK_BYTES = 8 << 20
-"""The most bytes of one request."""
-FIRST_BYTES = 1 << 20
-"""Bytes of the first request. At the start of a run each rank reads one document of each
-file."""
+"""The most bytes that are read ahead. Fewer at first: at the start of a run each rank
+reads one document of each file."""
 
 
 @dataclass(frozen=True)
@@ -38,46 +37,28 @@ class RemoteFile:
     def name(self) -> str:
         return self.url.rpartition("/")[2]
 
-    def open(self) -> io.BufferedReader:
-        """Its bytes. Reading raises `StoreError`, in spite of retries."""
-        return io.BufferedReader(_Ranges(self), BLOCK_BYTES)
+    def open(self) -> AbstractBufferedFile:
+        """Its bytes. Reading raises `StoreError`, in spite of retries, and where the object
+        was replaced."""
+        return _Ranges(self)
 
 
-class _Ranges(io.RawIOBase):
-    """The bytes of an object. Each read is a request."""
+class _Ranges(AbstractBufferedFile):
+    """The bytes of an object, in requests that grow."""
 
     def __init__(self, file: RemoteFile) -> None:
-        folder, _, self._name = file.url.rpartition("/")
-        self._store = ObjectStore(folder, "")
+        folder, _, name = file.url.rpartition("/")
         self._file = file
-        self._position = 0
+        self._store = ObjectStore(folder, "")
+        super().__init__(self._store.filesystem, name, block_size=0, size=file.size)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {
-            io.SEEK_SET: 0,
-            io.SEEK_CUR: self._position,
-            io.SEEK_END: self._file.size,
-        }
-        self._position = start[whence] + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), max(self._position, FIRST_BYTES))
-        end = min(self._position + wanted, self._file.size)
-        if end <= self._position:
-            return 0
-        data = self._store.read_range(self._name, self._position, end)
-        if len(data) != end - self._position:
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        data = self._store.read_range(self.path, start, end)
+        # After it: what was read is of the version that is still there
+        if self._store.facts(self.path) != (self._file.size, self._file.version):
             raise StoreError(f"{self._file} was changed after this run looked at it")
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+        self.cache.blocksize = min(end, BLOCK_BYTES)
+        return data
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
     except Stopped as stopped:
         signals.ignore_requests()
         if rank() == 0:
-            print(stopped, file=sys.stderr)
+            print(with_urls(stopped), file=sys.stderr)
         exit_process(EXIT_STOPPED)
     except SystemExit as error:
         exit_process(

@@ -14,6 +14,8 @@ from enum import Enum
 
 from tqdm import tqdm
 
+from mora_ds.common.fetched import with_urls
+
 LOGGER = "mora_ds"
 
 
@@ -63,7 +65,7 @@ class _Console(logging.Handler):
         stream = sys.stdout if is_news else sys.stderr
         if stream is None:  # closed by `>&-`
             return
-        text = self.format(record)
+        text = with_urls(self.format(record))
         # A full disk or a closed pipe of the log must not end the run
         try:
             tqdm.write(text if is_news else rank_prefix() + text, file=stream)

@@ -10,7 +10,7 @@ before all of it is checked.
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -30,7 +30,7 @@ from mora_ds.checkpoint.manager import (
     resume_checkpoint,
 )
 from mora_ds.checkpoint.state import TrainerState, check_world_size
-from mora_ds.checkpoint.storage import local_copy, located, public_name, storage_of
+from mora_ds.checkpoint.storage import local_copy, located, storage_of
 from mora_ds.common.errors import NonFatalFailure, UserError, named_as_flags
 from mora_ds.common.fetched import fetch_into, local, with_urls
 from mora_ds.common.files import MANIFEST, JsonObject, sha256_file, write_json_atomic
@@ -194,8 +194,7 @@ def _output_folder(
         targets = None if facts is None else TargetPlan(**facts)
 
     def reserved() -> tuple[str | None, JsonObject | None, JsonObject]:
-        with remote.named() if remote else nullcontext():
-            found, saved, branch = _reserve(arguments, root, ranks.world)
+        found, saved, branch = _reserve(arguments, root, ranks.world)
         # A checkpoint at a URL may have another path on another node
         return None if found is None else with_urls(found), saved, branch
 
@@ -395,8 +394,7 @@ def _run(arguments: Arguments, setup: TrainingSetup, schedule: Schedule) -> Json
                 trackers.append(tracker)
     log = MetricsLog(folder, steps, ranks.is_rank0, state.step, trackers, pending)
     if setup.context.checkpoint is not None:
-        checkpoint = public_name(setup.context.checkpoint)
-        logger.info(f"resumed from {checkpoint} at step {state.step}")
+        logger.info(f"resumed from {setup.context.checkpoint} at step {state.step}")
         if state.total_steps != steps:
             lengths = f"its length was {state.total_steps} steps and is {steps} now"
             logger.info(f"{lengths}: the learning rate follows the new length")
@@ -426,9 +424,8 @@ def _run(arguments: Arguments, setup: TrainingSetup, schedule: Schedule) -> Json
         remote.upload(ranks, state.failures, arguments.training.export_merged)
     failures = ranks.run_on_rank0("end of the run", lambda: state.failures, long=True)
     if failures:
-        last = trainer.last_checkpoint
-        checkpoint = public_name(last) if last else "none"
-        done = f"the run is done, {checkpoint} is its last checkpoint"
+        last = trainer.last_checkpoint or "none"
+        done = f"the run is done, {last} is its last checkpoint"
         lines = "\n".join(f"  {failure}" for failure in failures)
         raise NonFatalFailure(f"{done}; failures outside training:\n{lines}")
     return summary

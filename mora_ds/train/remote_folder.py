@@ -15,14 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mora_ds.checkpoint.layout import (
-    CHECKPOINTS,
     MERGED_FOLDER,
     METRICS_FILE,
     RUN_FILE,
     SUMMARY_FILE,
 )
-from mora_ds.checkpoint.storage import bind
 from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.fetched import bind
 from mora_ds.common.files import file_sizes
 from mora_ds.common.object_store import Lease, ObjectStore, StoreError
 from mora_ds.common.untrusted import is_url
@@ -32,7 +31,6 @@ from mora_ds.train.data import cache_folder
 from mora_ds.train.non_fatal import non_fatal
 from mora_ds.train.output_folder import LOCK
 from mora_ds.train.profile import PROFILE
-from mora_ds.train.run_file import owned_by_run
 from mora_ds.train.start_up import start_up
 from mora_ds.train.trackers import TENSORBOARD
 
@@ -49,46 +47,30 @@ class RemoteFolder:
         self._store = ObjectStore(url)
         self.url = self._store.url
         name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        self.folder = parent / f".mora_ds-run-{name}"
+        self.folder = (parent / f".mora_ds-run-{name}").resolve()
+        bind(self.folder, self.url)
         self._lease = Lease(self._store, LOCK)
         self._is_open = False
         self._has_begun = False
 
-    def open(self, exports: bool = False) -> None:
-        """Reserve the URL, and fetch what the run there has written. Raises `UserError`,
-        also where it holds what no run has made. `exports`: as in `Reservation`."""
+    def open(self) -> None:
+        """Reserve the URL, and fetch what the run there has written. Folders stay there:
+        an empty one has the name. Raises `UserError`."""
         try:
             self._lease.take()
             self._is_open = True
             # Only who has the lease works in the folder: a killed run has left it
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            present = [name for name in _READ_AGAIN if self._store.size(name)]
+            present = [name for name in _READ_AGAIN if self._store.facts(name)]
             self._store.fetch(present, self.folder)
-            self._check_owned({*present, *self._store.folders()}, exports)
+            # What no run has made is refused as on a disk (`output_folder`)
+            for name in self._store.folders():
+                (self.folder / name).mkdir()
         except (StoreError, OSError) as error:
             raise UserError(
                 f"--output_dir {self.url} cannot be used with --cache_dir {self.folder.parent}: {error}"
             ) from error
-
-    def _check_owned(self, present: set[str], exports: bool) -> None:
-        """The same promise as `output_folder` gives for a folder: a run replaces nothing
-        but a run's."""
-        written = {*_UPLOADED, CHECKPOINTS, *[MERGED_FOLDER] * exports}
-        if strange := present & written - {*owned_by_run(self.folder)}:
-            raise UserError(
-                f"--output_dir {self.url} holds {', '.join(sorted(strange))}, which no run there has made and this one "
-                "would replace: move it away, or choose another URL"
-            )
-
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        """A context whose `UserError` names the URL in place of the working folder."""
-        try:
-            yield
-        except UserError as error:
-            message = str(error).replace(str(self.folder), self.url)
-            raise type(error)(message) from error
 
     def begin(self, overwrites: bool) -> None:
         """The run has begun. Delete what one that it `overwrites` has uploaded, and
@@ -149,13 +131,9 @@ def remote_folder(arguments: Arguments, ranks: Ranks) -> Iterator[RemoteFolder |
     parent = cache_folder(arguments.data)
     with start_up():
         remote = ranks.agree("output folder", lambda: RemoteFolder(url, parent))
-    bind(remote.folder / CHECKPOINTS, f"{remote.url}/{CHECKPOINTS}")
     try:
         with start_up():
-            exports = arguments.training.export_merged
-            ranks.run_on_rank0(
-                "reservation of the URL", lambda: remote.open(exports), long=True
-            )
+            ranks.run_on_rank0("reservation of the URL", remote.open, long=True)
         yield remote
     finally:
         if ranks.is_rank0:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from mora_ds.adapters.domains import domains_of
 from mora_ds.checkpoint.layout import step_of
-from mora_ds.checkpoint.storage import public_name
 from mora_ds.common.errors import NON_FATAL_ERRORS, RunError, Stopped, reason
 from mora_ds.common.object_store import StoreError
 from mora_ds.config.forgetting import report
@@ -144,8 +143,7 @@ class Trainer:
         except BaseChanged as changed:
             error = changed
         last = self.last_checkpoint
-        name = public_name(last) if last else "none was written"
-        newest = f"Newest checkpoint: {name}"
+        newest = f"Newest checkpoint: {last or 'none was written'}"
         if last is not None and step_of(last) == self.state.step:
             newest += ", which holds this model: resume from the previous one"
         if isinstance(error, BaseChanged):
@@ -398,9 +396,8 @@ class Trainer:
         if step == 0:
             raise Stopped("stopped before the first step, nothing to save")
         assert self.last_checkpoint is not None
-        name = public_name(self.last_checkpoint)
         raise Stopped(
-            f"stopped at step {step}, saved to {name}; continue with --resume_from_checkpoint auto"
+            f"stopped at step {step}, saved to {self.last_checkpoint}; continue with --resume_from_checkpoint auto"
         )
 
     def _save(self, is_last: bool = False) -> None:

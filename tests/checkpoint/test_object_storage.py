@@ -7,8 +7,9 @@ from contextlib import suppress
 import pytest
 
 from mora_ds.checkpoint.manager import CheckpointManager, complete_checkpoints
-from mora_ds.checkpoint.storage import bind, public_name, storage_of
+from mora_ds.checkpoint.storage import storage_of
 from mora_ds.common.errors import UserError
+from mora_ds.common.fetched import bind, with_urls
 from mora_ds.common.files import write_manifest
 from mora_ds.common.object_store import ObjectStore
 from tests.helpers.damage import checkpoint_at
@@ -21,14 +22,14 @@ WRITTEN = ".step-000002.writing"
 def storage(tmp_path):
     root = tmp_path / "work/checkpoints"
     root.parent.mkdir()
-    bind(root, f"file://{tmp_path}/store")
+    bind(root.parent, f"file://{tmp_path}/store")
     return storage_of(root)
 
 
 @pytest.fixture
 def store(tmp_path):
     """What lies in the store."""
-    return tmp_path / "store"
+    return tmp_path / "store/checkpoints"
 
 
 def put(storage, folder, source):
@@ -57,7 +58,7 @@ def test_a_manifest_commits_what_lies_under_the_final_name_already(
     storage.commit(WRITTEN, "step-000002")
     (found,) = complete_checkpoints(storage.root)
     assert CheckpointManager.verify(found) == []
-    assert public_name(found) == f"file://{store}/step-000002"
+    assert with_urls(found) == f"file://{store}/step-000002"
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def test_a_file_that_an_earlier_checkpoint_has_is_copied_in_the_store(
 
 
 def test_a_name_that_leads_out_of_the_copies_is_an_error(storage, monkeypatch):
-    monkeypatch.setattr(ObjectStore, "size", lambda *_: None)
-    monkeypatch.setattr(ObjectStore, "sizes", lambda *_: {"../../../x": 1})
+    monkeypatch.setattr(ObjectStore, "facts", lambda *_: None)
+    monkeypatch.setattr(ObjectStore, "find", lambda *_: {"../../../x": (1, "")})
     with pytest.raises(UserError, match=r"'\.\.' cannot be the name of a file"):
         storage.open_read("step-000002")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mora_ds.common.errors import RunError
-from mora_ds.common.object_store import version_of
+from mora_ds.common.object_store import object_facts
 from mora_ds.data import (
     Corpus,
     DocumentStream,
@@ -66,13 +66,15 @@ def test_text_at_a_url_is_that_on_a_disk(tmp_path, kind, monkeypatch):
             assert list(member.documents_after(mark)) == rest
 
 
-def test_text_at_a_url_that_is_cut_after_the_start_is_named(tmp_path):
+@pytest.mark.parametrize("keeps", [slice(1), slice(None, None, -1)])
+def test_text_at_a_url_that_changes_after_the_start_is_named(tmp_path, keeps):
+    """Cut, or another one of the same size."""
     corpus = load_corpus(
         [f"file://{write(tmp_path / 'shards', 'jsonl', documents())[0]}"]
     )
     path = tmp_path / "shards/1.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0])
+    path.write_bytes(b"".join(lines[keeps]))
     with pytest.raises(RunError, match=r"jsonl was changed after this run"):
         list(corpus)
 
@@ -81,7 +83,7 @@ def test_text_at_a_url_that_is_cut_after_the_start_is_named(tmp_path):
 def test_another_text_of_the_same_size_is_another_version(name):
     """As S3, web servers and the hub tell it."""
     one, another = ({"size": 3, name: version} for version in "ab")
-    assert version_of(one) != version_of(another)
+    assert object_facts(one) != object_facts(another)
 
 
 @pytest.mark.parametrize("mask", [True, False])

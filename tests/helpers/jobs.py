@@ -21,6 +21,7 @@ import yaml
 
 from mora_ds.commands.pretrain import train
 from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.fetched import with_urls
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_tokenizer, train_sentencepiece
 from mora_ds.runtime.log_setup import set_up_logging
@@ -162,9 +163,9 @@ def refused(argv, may_change=False):
     except UserError as error:
         if is_watched:
             assert_same(out, before)
-        return type(error).__name__, str(error)
+        return type(error).__name__, with_urls(error)
     except RunError as error:
-        return type(error).__name__, str(error)
+        return type(error).__name__, with_urls(error)
     raise AssertionError("the run was not refused")
 
 

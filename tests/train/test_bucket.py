@@ -19,7 +19,9 @@ from mora_ds.checkpoint.manager import complete_checkpoints
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common import object_store
 from mora_ds.common.errors import NonFatalFailure, UserError
+from mora_ds.common.fetched import with_urls
 from mora_ds.common.files import read_json
+from mora_ds.train.output_folder import reserve
 from mora_ds.train.remote_folder import RemoteFolder
 from tests.helpers.buckets import (
     SECRET,
@@ -107,8 +109,9 @@ def test_what_no_run_has_made_is_refused_and_stays(tmp_path, name):
     theirs.write_text("theirs")
     before = tree(tmp_path / "store")
     remote = RemoteFolder(f"file://{tmp_path}/store", tmp_path)
-    with pytest.raises(UserError, match=f"holds {name}, which no run there has made"):
-        remote.open(exports=True)
+    remote.open()
+    with pytest.raises(UserError, match=f"holds {name}, and no run that has made it"):
+        reserve(remote.folder)
     remote.close()
     assert tree(tmp_path / "store") == before
 
@@ -129,7 +132,7 @@ def failing_job(argv, steps):
     try:
         job(argv)
     except NonFatalFailure as failure:
-        return str(failure)
+        return with_urls(failure)
     except object_store.StoreError as error:
         return f"ended: {error}"
     return "nothing failed"

@@ -61,7 +61,7 @@ from mora_ds.checkpoint.shard_table import (
     RankShard,
 )
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.checkpoint.storage import bind, storage_of
+from mora_ds.checkpoint.storage import storage_of
 from mora_ds.common.fetched import fetch_into, fetched_once, local
 from mora_ds.common.files import (
     MANIFEST,
@@ -305,7 +305,6 @@ def _in_store(
     url = f"file://{folder}/store"
     remote = RemoteFolder(url, folder)
     root = remote.folder / CHECKPOINTS
-    bind(root, f"{url}/{CHECKPOINTS}")
     fetch_into(folder)
     spent_in: dict[str, Spent] = {}
     if rank:  # what rank 0 has done before
