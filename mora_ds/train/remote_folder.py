@@ -15,10 +15,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mora_ds.checkpoint.layout import (
+    BASE_FOLDER,
     MERGED_FOLDER,
     METRICS_FILE,
     RUN_FILE,
     SUMMARY_FILE,
+    TOKENIZER_FOLDER,
 )
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.fetched import bind
@@ -37,6 +39,8 @@ from mora_ds.train.trackers import TENSORBOARD
 _READ_AGAIN = (RUN_FILE, METRICS_FILE, SUMMARY_FILE)
 """What a resumed run goes on with."""
 _UPLOADED = (*_READ_AGAIN, TENSORBOARD, PROFILE)
+_AT_START = (RUN_FILE, BASE_FOLDER, TOKENIZER_FOLDER)
+"""What a start-up writes. Checkpoints name the base."""
 
 
 class RemoteFolder:
@@ -74,13 +78,13 @@ class RemoteFolder:
 
     def begin(self, overwrites: bool) -> None:
         """The run has begun. Delete what one that it `overwrites` has uploaded, and
-        upload run.yaml."""
+        upload run.yaml, and a base and a tokenizer that the start-up has made."""
         self._has_begun = True
         if overwrites:
             # But run.yaml, which says that they are a run's, whenever this is killed
-            for name in {*_UPLOADED, MERGED_FOLDER} - {RUN_FILE}:
+            for name in {*_UPLOADED, *_AT_START, MERGED_FOLDER} - {RUN_FILE}:
                 self._store.delete(name)
-        self._upload(RUN_FILE)
+        self._upload(*_AT_START)
 
     def upload(
         self, ranks: Ranks, failures: list[str], has_merged: bool = False
