@@ -109,6 +109,24 @@ def fetched_once(
     }
     if not versions:
         raise UserError(f"{flag} {url}: there is no such folder".lstrip())
+    return _copy(store, versions)
+
+
+@cache
+def fetched_files(folder: str, patterns: tuple[str, ...]) -> Path:
+    """A folder with the files of a URL that fit these patterns. Raises `UserError`
+    where none does."""
+    store = ObjectStore(folder, "")
+    versions: Objects = {}
+    for pattern in patterns:
+        versions |= store.glob(pattern)
+    if not versions:
+        raise UserError(f"no file matches '{folder}/{patterns[0]}'.")
+    return _copy(store, versions)
+
+
+def _copy(store: ObjectStore, versions: Objects) -> Path:
+    """The folder with these objects, which is made where it is missing."""
     key = json_digest([store.url, versions])[:32]
     parent = ((_cache or users_cache()) / "fetched" / key).resolve()
     folder = parent / store.url.rpartition("/")[2]

@@ -32,7 +32,7 @@ from mora_ds.data.readers import (
     file_kind,
     has_known_suffix,
 )
-from mora_ds.data.remote_files import remote_members
+from mora_ds.data.remote_files import remote_members, tokens_on_disk
 from mora_ds.data.token_files import TokenFile
 
 TOKEN_INDICES = (".idx", ".ds.index", ".ds.metadata")
@@ -132,7 +132,7 @@ def _file_members(patterns: Sequence[str], text_column: str) -> list[Member]:
     """The files on disks and at URLs, in the order of the patterns, without
     duplicates."""
     members: list[Member] = []
-    for at_url, group in groupby(patterns, is_url):
+    for at_url, group in groupby(map(tokens_on_disk, patterns), is_url):
         if at_url:
             for pattern in group:
                 members += remote_members(pattern, text_column)

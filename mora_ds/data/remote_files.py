@@ -1,21 +1,26 @@
 """Files of text at URLs, as members of a corpus. They are read in ranges, as a file on a
 disk is, and never stored on this machine: the token cache holds their tokens alone.
+Token files are copied to this machine.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from glob import has_magic
+from glob import escape, has_magic
+from pathlib import Path
 from typing import Any
 
 from fsspec.spec import AbstractBufferedFile
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.fetched import fetched_files
 from mora_ds.common.files import JsonObject
-from mora_ds.common.object_store import ObjectStore, StoreError, matches
+from mora_ds.common.object_store import ObjectStore, StoreError, in_folder, matches
+from mora_ds.common.untrusted import is_url
 from mora_ds.data.members import FileMember
 from mora_ds.data.readers import TOKENS, file_kind, has_known_suffix
+from mora_ds.data.token_files import TokenFile
 
 BLOCK_BYTES = 8 << 20
 """The most bytes that are read ahead. Fewer at first: at the start of a run each rank
@@ -79,6 +84,18 @@ class RemoteMember(FileMember):
         return self.path.size
 
 
+def tokens_on_disk(pattern: str) -> str:
+    """The pattern; of token files at URLs, that of their copies on this machine, next to
+    their indices."""
+    named: Any = RemoteFile(pattern, 0, "")
+    if not is_url(pattern) or file_kind(named) != TOKENS:
+        return pattern
+    folder, name = in_folder(pattern)
+    index = TokenFile(Path(name), "").index
+    names = (name,) if index is None else (name, str(index.path))
+    return f"{escape(str(fetched_files(folder, names)))}/{name}"
+
+
 def remote_members(pattern: str, text_column: str) -> list[RemoteMember]:
     """The files that a URL with *, ? and [ names, sorted, without empty ones. Raises
     `UserError` where there is none, or one of tokens."""
@@ -94,6 +111,6 @@ def remote_members(pattern: str, text_column: str) -> list[RemoteMember]:
     for file in files:
         if file_kind(file) == TOKENS:
             raise UserError(
-                f"{file} is a token file, which is read in place: copy it to a disk"
+                f"{file} is a token file: name it by a pattern with its suffix"
             )
     return [RemoteMember(file, text_column) for file in files]

@@ -75,7 +75,8 @@ def load_data(
     """
     config = mixture_config(data)
     ranks = context.ranks
-    corpora, evaluation = _text(data, config)
+    # Token files at URLs are fetched
+    corpora, evaluation = ranks.agree("text", lambda: _text(data, config), long=True)
     _check_positions(model_config, data.seq_len)
     tokenizer = settle_tokenizer(model, model_folder, model_config, corpora, context)
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mora_ds.common import fetched
 from mora_ds.data import (
     DocumentFilter,
     Mixture,
@@ -113,6 +114,24 @@ def test_the_same_documents_are_held_out(write, build, of_text, kind):
 @pytest.mark.parametrize("kind", ["bin", "ds"])
 def test_tokens_of_32_bits(write, build, of_text, kind):
     assert_same(build(write(kind, dtype="<i4")), of_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_files_at_a_url_are_read_from_copies(
+    write, build, of_text, kind, tmp_path, monkeypatch
+):
+    """Of them and of their indices alone, in a folder whose name looks like a pattern."""
+    monkeypatch.setattr(fetched, "_cache", tmp_path / "node[1]")
+    pattern = write(kind)
+    other = tmp_path / f"tokens/other/x.{kind}"
+    other.parent.mkdir()
+    other.touch()
+    built = build(f"file://{pattern}")
+    assert_same(built, of_text())
+    copies = {Path(file.filename) for file in built.tokens.files}
+    assert copies == set((tmp_path / "node[1]").rglob(f"*.{kind}"))
+    with user_error("no file matches"):
+        load_corpus([f"file://{tmp_path}/tokens/nothing*.{kind}"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
