@@ -31,7 +31,12 @@ from mora_ds.common.files import (
     replace_symlink,
     stat_signature,
 )
-from mora_ds.common.object_store import NoObject, ObjectStore, StoreError
+from mora_ds.common.object_store import (
+    NoObject,
+    ObjectStore,
+    StoreError,
+    confirm_leases,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -281,6 +286,8 @@ class ObjectStorage:
         with tempfile.TemporaryDirectory(dir=self.root.parent) as folder:
             path = Path(folder) / "file"
             yield path
+            if file.endswith(MANIFEST):
+                confirm_leases()
             self._store.put(self._key(file), path)
 
     def put(self, file: str, source: Path) -> None:

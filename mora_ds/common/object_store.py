@@ -233,6 +233,17 @@ EXPIRES_S = 30.0
 by who waits, so that clocks need not agree."""
 
 
+_leases: list["Lease"] = []
+"""Those that this process has."""
+
+
+def confirm_leases() -> None:
+    """Ask whether this process still has its leases: after a hang it need not know yet
+    that one has expired. Raises `RunError` where another process has taken it."""
+    for lease in _leases:
+        lease.confirm()
+
+
 class Lease:
     """The right to write to a store: an object with owner and time, which its holder
     renews, so that who waits sees whether a killed process has left it."""
@@ -253,6 +264,12 @@ class Lease:
             if not self._store.create(self._name, self._content()):
                 raise self._taken()
         self._thread.start()
+        _leases.append(self)
+
+    def confirm(self) -> None:
+        """`check`, by asking the store now."""
+        self._is_lost |= self._holder() != self._owner
+        self.check()
 
     def check(self) -> None:
         """Raises `RunError` where another process has taken the lease, which was not
@@ -264,6 +281,8 @@ class Lease:
 
     def release(self) -> None:
         self._ended.set()
+        if self in _leases:
+            _leases.remove(self)
         if self._thread.is_alive():
             self._thread.join()
             if self._holder() == self._owner:

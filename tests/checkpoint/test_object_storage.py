@@ -8,10 +8,10 @@ import pytest
 
 from mora_ds.checkpoint.manager import CheckpointManager, complete_checkpoints
 from mora_ds.checkpoint.storage import storage_of
-from mora_ds.common.errors import UserError
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.fetched import bind, with_urls
-from mora_ds.common.files import write_manifest
-from mora_ds.common.object_store import ObjectStore
+from mora_ds.common.files import MANIFEST, write_manifest
+from mora_ds.common.object_store import Lease, ObjectStore
 from tests.helpers.damage import checkpoint_at
 from tests.helpers.outcome import tree
 
@@ -142,3 +142,19 @@ def test_a_name_that_leads_out_of_the_copies_is_an_error(storage, monkeypatch):
     monkeypatch.setattr(ObjectStore, "find", lambda *_: {"../../../x": (1, "")})
     with pytest.raises(UserError, match=r"'\.\.' cannot be the name of a file"):
         storage.open_read("step-000002")
+
+
+def test_no_manifest_is_put_after_a_hang_in_which_another_run_took_the_url(
+    storage, store
+):
+    lease = Lease(ObjectStore(f"file://{store.parent}"), ".lock")
+    lease.take()
+    with (
+        pytest.raises(RunError, match="another one writes there now"),
+        storage.write(f"{WRITTEN}/{MANIFEST}") as path,
+    ):
+        path.write_text("{}")
+        (store.parent / ".lock").write_text("another process")
+    lease.release()
+    assert not list(store.rglob(MANIFEST))
+    assert (store.parent / ".lock").read_text() == "another process"
