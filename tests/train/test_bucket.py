@@ -19,8 +19,9 @@ from mora_ds.checkpoint.manager import complete_checkpoints
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common import object_store
 from mora_ds.common.errors import NonFatalFailure, UserError
-from mora_ds.common.fetched import with_urls
-from mora_ds.common.files import read_json
+from mora_ds.common.fetched import local, with_urls
+from mora_ds.common.files import config_path, read_json
+from mora_ds.deploy.export import export_merged
 from mora_ds.train.output_folder import reserve
 from mora_ds.train.remote_folder import RemoteFolder
 from tests.helpers.buckets import (
@@ -39,6 +40,7 @@ from tests.helpers.resume import MERGING, interrupted_job
 from tests.helpers.tools import called
 
 FLAGS = f"{MERGING} --train_norms true --mora_dropout 0.1 --save_total_limit 2"
+CONFIG = config_path("models/tiny_llama")
 AUTO = "--resume_from_checkpoint auto"
 EXPORT = "--export_merged true"
 
@@ -251,6 +253,21 @@ def test_a_run_whose_inputs_are_at_urls_is_that_on_a_disk(user, reference, tmp_p
     source = f"file://{user.root}"
     url = f"file://{tmp_path}/store/run"
     assert_same_from_urls(user, source, url, tmp_path, reference)
+
+
+@pytest.mark.heavy(seconds=20)
+def test_a_model_that_a_run_has_made_is_there_after_it(user, tmp_path):
+    url = f"file://{tmp_path}/store/run"
+    argv = user.flags(url, "--max_steps 3 --save_steps 2 --train_tokenizer_vocab 420")
+    at = argv.index("--model_name_or_path")
+    argv[at : at + 2] = ["--model_config", str(CONFIG)]
+    run(1, [*argv, *EXPORT.split()])
+    merged = tmp_path / "merged"
+    export_merged(Path(local(url)), merged, verify=True)
+    weights = "model.safetensors"
+    of_run = (tmp_path / "store/run/merged" / weights).read_bytes()
+    assert (merged / weights).read_bytes() == of_run
+    assert run(1, [*argv, "--max_steps", "5", *AUTO.split()])["steps"] == 5
 
 
 @pytest.fixture
