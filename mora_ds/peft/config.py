@@ -1,6 +1,6 @@
 """`MoraConfig`: the PEFT config of a MoRA adapter, saved as adapter_config.json."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peft import PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
@@ -96,8 +96,9 @@ class MoraConfig(PeftConfig):
             )
         for name, hint in _TYPES.items():
             typed(hint, getattr(self, name), name)
-        for module in ("", *self.rank_pattern):
-            self.adapter(module)
+        settings = self.adapter()
+        for rank in {*self.rank_pattern.values()}:
+            replace(settings, rank=rank)
 
     def adapter(self, module: str = "") -> MoRAConfig:
         """The same settings as a `MoRAConfig` of mora_ds, with the rank of a module."""

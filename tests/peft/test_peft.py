@@ -284,6 +284,13 @@ def test_values_of_another_type_are_named(tmp_path, settings, message):
         PeftModel.from_pretrained(tiny_model(), tmp_path)
 
 
+def test_every_rank_of_a_pattern_is_checked_once():
+    """Without trying patterns on each other: a file may have any number of them."""
+    MoraConfig(rank_pattern={f"m{number}": 4 for number in range(10_000)})
+    with user_error("`rank` must be at least 1, got 0"):
+        MoraConfig(rank_pattern={"^model.*q_proj": 0})
+
+
 def test_an_adapter_without_seeds_is_refused(saved):
     """One of 0.3: its permutations would depend on the names of modules."""
     _, adapter, _ = saved
