@@ -26,7 +26,7 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.fetched import bind
 from mora_ds.common.files import file_sizes
 from mora_ds.common.object_store import Lease, ObjectStore, StoreError
-from mora_ds.common.untrusted import is_url
+from mora_ds.common.untrusted import MAX_BYTES, is_url
 from mora_ds.config.arguments import Arguments
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.data import cache_folder
@@ -66,7 +66,11 @@ class RemoteFolder:
             # Only who has the lease works in the folder: a killed run has left it
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            present = [name for name in _READ_AGAIN if self._store.facts(name)]
+            facts = {name: self._store.facts(name) for name in _READ_AGAIN}
+            run_file = facts[RUN_FILE]
+            if run_file is not None and run_file[0] > MAX_BYTES:
+                raise UserError(f"{self.url}/{RUN_FILE} is too large to be a run's")
+            present = [name for name in facts if facts[name] is not None]
             self._store.fetch(present, self.folder)
             # What no run has made is refused as on a disk (`output_folder`)
             for name in self._store.folders():

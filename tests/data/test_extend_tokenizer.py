@@ -41,6 +41,7 @@ from mora_ds.models.vocabulary import (
     extended_table,
     first_new_row,
 )
+from tests.helpers.damage import change_json
 from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model
 from tests.helpers.tables import parsed
@@ -360,6 +361,14 @@ def test_vocabularies_that_cannot_grow_are_refused(tmp_path, monkeypatch):
         extend_vocabulary(small, domain(tmp_path), 10, tmp_path / "out")
     make = vocabulary.make_model
     folder = byte_level_folder(tmp_path / "model")
+    config = (folder / "config.json").read_text()
+    change_json(
+        folder / "config.json",
+        lambda content: content.update(quantization_config={"quant_method": "fp8"}),
+    )
+    with user_error("MODEL: .*model has quantized weights; give the unquantized model"):
+        extend_vocabulary(folder, domain(tmp_path), 10, tmp_path / "out")
+    (folder / "config.json").write_text(config)
     for name, module, words in (
         ("lm_head", torch.nn.Linear(32, 641), r"\(the head\)"),
         ("by_token", torch.nn.Embedding(640, 4), r"\(by_token\)"),

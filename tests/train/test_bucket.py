@@ -118,6 +118,20 @@ def test_what_no_run_has_made_is_refused_and_stays(tmp_path, name):
     assert tree(tmp_path / "store") == before
 
 
+def test_no_run_yaml_of_any_size_is_fetched(tmp_path, monkeypatch):
+    """As many gigabytes as the store says it has."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/run.yaml").touch()
+    os.truncate(tmp_path / "store/run.yaml", 2**40)
+    monkeypatch.setattr(
+        object_store.ObjectStore, "fetch", lambda *_: pytest.fail("fetched")
+    )
+    remote = RemoteFolder(f"file://{tmp_path}/store", tmp_path)
+    with pytest.raises(UserError, match="run.yaml is too large to be a run's"):
+        remote.open()
+    remote.close()
+
+
 def failing_job(argv, steps):
     """A run whose store takes no file of the checkpoints of these steps. The failures
     that it ends with.
