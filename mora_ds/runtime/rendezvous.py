@@ -56,9 +56,11 @@ def meet(timeout: timedelta) -> dist.TCPStore | None:
     # Containers of one host may share its name, and each has a process 1
     started = time.ctime(psutil.Process().create_time())
     this_process = f"process {os.getpid()} of {platform.node()}, started {started}"
-    holder = store.compare_set(f"{mark}: rank {rank}", "", this_process).decode()
-    if holder != this_process:
-        raise _other_run(f"whose rank {rank} is {holder}")
+    holder = store.compare_set(f"{mark}: rank {rank}", "", this_process)
+    if holder != this_process.encode():
+        # Any process that reaches the port may have set any bytes
+        name = holder[:300].decode(errors="replace")
+        raise _other_run(f"whose rank {rank} is {name}")
     return store
 
 

@@ -63,6 +63,17 @@ def test_ranks_of_one_run_meet(as_rank, monkeypatch):
         rendezvous.meet(LIMIT)
 
 
+def test_what_a_stranger_sets_for_a_rank_is_shown_in_part(as_rank):
+    port = free_port()
+    as_rank(0, 2, port)
+    store = rendezvous.meet(LIMIT)
+    store.set("mora_ds, 2 processes: rank 1", b"\xff" * 1_000_000)
+    as_rank(1, 2, port)
+    with run_error("another run, whose rank 1 is") as caught:
+        rendezvous.meet(LIMIT)
+    assert len(str(caught.value)) < 1000
+
+
 def test_the_store_of_another_run_is_left_at_once(as_rank):
     """The ports of two runs are the same: rank 0 of the second cannot listen, and its rank
     1, on another node, reaches the first one's store."""

@@ -127,7 +127,7 @@ def test_no_run_yaml_of_any_size_is_fetched(tmp_path, monkeypatch):
         object_store.ObjectStore, "fetch", lambda *_: pytest.fail("fetched")
     )
     remote = RemoteFolder(f"file://{tmp_path}/store", tmp_path)
-    with pytest.raises(UserError, match="run.yaml is too large to be a run's"):
+    with pytest.raises(UserError, match="is too large to be a run's"):
         remote.open()
     remote.close()
 
