@@ -160,7 +160,7 @@ class BaseCheckpoint:
     def shape_dtype(self, key: str) -> tuple[Shape, torch.dtype]:
         """Shape and dtype of a tensor, read from the file header."""
         if not is_stack(key):
-            return shape_dtype(self._handle(key), key)
+            return shape_dtype(self._handles[self._file_of[key]], key)
         members = self.members(key)
         first, dtype = self.shape_dtype(members[0][0])
         rows = sum(self.shape_dtype(member_key)[0][0] for member_key in members[0])
@@ -179,7 +179,7 @@ class BaseCheckpoint:
                 torch.cat([self.read(name) for name in expert_keys], out=stack[index])
             return stack
         try:
-            return self._handle(key).get_tensor(key)
+            return self._handles[self._file_of[key]].get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise RunError(
                 f"{self._file_of[key]}: cannot read {key!r}: {error}"
@@ -197,9 +197,6 @@ class BaseCheckpoint:
                 )
             self._members[key] = members
         return self._members[key]
-
-    def _handle(self, key: str) -> Any:
-        return self._handles[self._file_of[key]]
 
     @cached_property
     def _handles(self) -> dict[Path, Any]:
