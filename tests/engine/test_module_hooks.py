@@ -2,6 +2,7 @@
 bit.
 """
 
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -212,26 +213,38 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns():
     assert first is inputs[0], "no graph, no mark"
 
 
+@contextmanager
+def recorded_gathers(sizes):
+    """Append the numbers of elements of each all-gather."""
+    backend = deepspeed.comm.comm.cdb
+    gather = backend.all_gather_into_tensor
+    with patch.object(backend, "all_gather_into_tensor", wraps=gather) as gathers:
+        yield
+    for call in gathers.mock_calls:
+        sizes.append(nbytes_of(call.kwargs["output_tensor"]) // 4)
+
+
 def gathers_of_a_step():
-    """Numbers in each all-gather of an optimizer step, and in all matrices."""
+    """Numbers of elements in each all-gather of the first forward and of an optimizer
+    step, and in all matrices.
+    """
     engine = engine_of("persistent")
-    for step in range(2):
-        loss = causal_loss(engine, tokens(2, seed=step))
-        engine.backward(loss)
-        backend = deepspeed.comm.comm.cdb
-        gather = backend.all_gather_into_tensor
-        with patch.object(backend, "all_gather_into_tensor", wraps=gather) as gathers:
-            engine.step()
+    forward = []
+    step = []
+    with recorded_gathers(forward):
+        loss = causal_loss(engine, tokens(2, seed=0))
+    engine.backward(loss)
+    engine.step()
+    engine.backward(causal_loss(engine, tokens(2, seed=1)))
+    with recorded_gathers(step):
+        engine.step()
     persistent = engine.optimizer.parameter_offload.persistent_parameters
-    sizes = [
-        nbytes_of(call.kwargs["output_tensor"]) // 4 for call in gathers.mock_calls
-    ]
-    return sizes, sum(parameter.ds_numel for parameter in persistent)
+    return forward, step, sum(parameter.ds_numel for parameter in persistent)
 
 
-def test_persistent_matrices_are_refreshed_by_one_all_gather():
-    for sizes, numbers in run_pooled(2, gathers_of_a_step):
-        assert sizes == [numbers]
+def test_persistent_matrices_are_gathered_by_one_all_gather():
+    for forward, step, elements in run_pooled(2, gathers_of_a_step):
+        assert forward == step == [elements]
 
 
 def gathered_when_needed():
