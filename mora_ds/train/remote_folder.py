@@ -67,10 +67,10 @@ class RemoteFolder:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             facts = {name: self._store.facts(name) for name in _READ_AGAIN}
-            run_file = facts[RUN_FILE]
-            if run_file is not None and run_file[0] > MAX_BYTES:
-                raise UserError(f"{self.url}/{RUN_FILE} is too large to be a run's")
-            present = [name for name in facts if facts[name] is not None]
+            present = [name for name, found in facts.items() if found]
+            for name in (RUN_FILE, SUMMARY_FILE):
+                if (found := facts[name]) and found[0] > MAX_BYTES:
+                    raise UserError(f"{self.url}/{name} is too large to be a run's")
             self._store.fetch(present, self.folder)
             # What no run has made is refused as on a disk (`output_folder`)
             for name in self._store.folders():

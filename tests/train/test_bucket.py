@@ -118,11 +118,12 @@ def test_what_no_run_has_made_is_refused_and_stays(tmp_path, name):
     assert tree(tmp_path / "store") == before
 
 
-def test_no_run_yaml_of_any_size_is_fetched(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["run.yaml", "summary.json"])
+def test_no_file_of_any_size_is_fetched(tmp_path, monkeypatch, name):
     """As many gigabytes as the store says it has."""
     (tmp_path / "store").mkdir()
-    (tmp_path / "store/run.yaml").touch()
-    os.truncate(tmp_path / "store/run.yaml", 2**40)
+    (tmp_path / "store" / name).touch()
+    os.truncate(tmp_path / "store" / name, 2**40)
     monkeypatch.setattr(
         object_store.ObjectStore, "fetch", lambda *_: pytest.fail("fetched")
     )
