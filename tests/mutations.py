@@ -328,8 +328,8 @@ checkpoint/storage.py LocalStorage.commit | checkpoint/test_manager.py
 
 # the manifest of a replaced checkpoint in a bucket is copied first
 checkpoint/storage.py ObjectStorage._replace | checkpoint/test_object_storage.py
-- file == MANIFEST
-+ file != MANIFEST
+- file == manifest
++ file != manifest
 
 # a checkpoint in a bucket is replaced in place
 checkpoint/storage.py ObjectStorage._key | checkpoint/test_object_storage.py
@@ -448,7 +448,7 @@ common/files.py await_file | common/test_files.py
 
 # a rank joins the store of another run
 runtime/rendezvous.py meet | runtime/test_rendezvous.py
-- holder != this_process
+- holder != this_process.encode()
 + False
 
 # each task of srun trains a run of its own

@@ -60,6 +60,7 @@ class MoRAExperts(AdaptedLinear):
 
     def __init__(self, base: ExpertStack, spec: StackSpec, dropout: float) -> None:
         super().__init__(base, spec, dropout)
+        self.experts_per_token = base.experts_per_token
         self._tables_in_use: object = None
 
     def forward(self, x: Tensor, rows: Rows, spread: bool) -> Tensor:  # type: ignore[override]
