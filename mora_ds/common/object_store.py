@@ -253,6 +253,8 @@ class Lease:
         self._name = name
         self._owner = f"process {os.getpid()} on {platform.node()}, {uuid4().hex}"
         self._is_lost = False
+        self._in_use = threading.Lock()
+        """Held while the object is written: some stores show a part of it meanwhile."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
@@ -268,7 +270,8 @@ class Lease:
 
     def confirm(self) -> None:
         """`check`, by asking the store now."""
-        self._is_lost |= self._holder() != self._owner
+        with self._in_use:
+            self._is_lost |= self._holder() != self._owner
         self.check()
 
     def check(self) -> None:
@@ -312,8 +315,9 @@ class Lease:
     def _renew(self) -> None:
         while not (self._is_lost or self._ended.wait(RENEWED_S)):
             try:
-                self._is_lost = self._holder() != self._owner
-                if not self._is_lost:
-                    self._store.write(self._name, self._content())
+                with self._in_use:
+                    self._is_lost = self._holder() != self._owner
+                    if not self._is_lost:
+                        self._store.write(self._name, self._content())
             except StoreError as error:
                 logger.warning(f"the lease was not renewed: {error}")

@@ -1,6 +1,7 @@
 """Object stores and leases: retries, wrong URLs, and who may write."""
 
 import os
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +93,26 @@ def quick(monkeypatch):
         monkeypatch.setattr(object_store, "time", clock)
 
     return pass_time
+
+
+def test_a_lease_that_is_just_renewed_is_not_lost(store, quick, monkeypatch):
+    """Where the store shows a part of the object meanwhile, as a disk does."""
+    lease = Lease(store, ".lock")
+    write = store.write
+    begun = threading.Event()
+
+    def write_slowly(name, data):
+        write(name, b"")
+        begun.set()
+        time.sleep(0.1)
+        write(name, data)
+
+    monkeypatch.setattr(store, "write", write_slowly)
+    lease.take()
+    assert begun.wait(60)
+    lease.confirm()
+    lease.release()
+    assert store.read(".lock") == b""
 
 
 def test_a_lease_is_one_holders_until_it_is_released(store, quick, monkeypatch):
