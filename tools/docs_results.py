@@ -11,7 +11,7 @@ from typing import Any
 
 from mora_ds.common.files import read_json
 from tools import plans
-from tools.runs import best_rows, rows_of
+from tools.runs import Row, best_rows, rows_of
 from tools.tables import cell, mean_and_spread, number_table, ruler, table_row
 
 PRETRAINED = "learning_135m_rivals.json"
@@ -43,6 +43,7 @@ OUTCOMES = {
 LAYERWISE = {
     "Gemma": "layerwise_gemma.json",
     "SmolLM2": "layerwise_135m.json",
+    "13M": "layerwise_13m.json",
     "2M": "layerwise_2m.json",
 }
 """Base -> the JSON of its runs with a scale for each layer's update."""
@@ -166,23 +167,28 @@ def learning() -> list[str]:
 
 
 def layerwise() -> list[str]:
-    """Of results/learning-tables.md: LoRA, MoRA, and MoRA with a scale for each layer's
-    update, at every learning rate."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """Of results/learning-tables.md: LoRA and MoRA, without and with a scale for each
+    layer's update, at the best learning rate of four, at half and at twice of it."""
+    titles = ["new/old", "learning rate", "half", "best", "twice"]
+    lines = []
     for base, file in LAYERWISE.items():
-        for row in rows_of(read_json(plans.DATA / file)["runs"]):
-            new, old = (f"{row.mean(text):.1f}" for text in ("new", "old"))
-            found.setdefault((base, row.method), []).append(
-                f"{row.rate:g}: {new}/{old}"
-            )
-    lines = [
-        [f"{base}, {method}", *at_rates]
-        for (base, method), at_rates in found.items()
-        if method != "none"
-    ]
-    widest = max(map(len, lines))
-    padded = [line + [""] * (widest - len(line)) for line in lines]
-    return number_table(["learning rate: new/old", *[""] * (widest - 1)], padded)
+        rows = rows_of(read_json(plans.DATA / file)["runs"])
+        by_rate = {(row.method, row.rate): row for row in rows}
+        for best in best_rows(plans.DATA / file):
+            if best.method == "none":
+                continue
+            cells = []
+            for factor in (0.5, 1, 2):
+                row = by_rate.get((best.method, factor * best.rate))
+                cells.append(_new_and_old(row) if row else "")
+            name = f"{base}, {best.method}"
+            lines.append([name, f"{best.rate:g}", *cells])
+    return number_table(titles, lines)
+
+
+def _new_and_old(row: Row) -> str:
+    texts = (mean_and_spread(row.perplexities(text)) for text in ("new", "old"))
+    return "/".join(texts).replace(" ", "")
 
 
 def energy() -> list[str]:

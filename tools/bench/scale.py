@@ -232,7 +232,9 @@ def _cycles(folder: Path, layers: int, rank: int, ranks: int) -> list[list[str]]
             found = (
                 median(seconds[-5:]),
                 median(cpu_seconds(run.remora.rebuild) for _ in range(3)),
-                cpu_seconds(partial(_resume_ledger, ledger, folder / f"copy-{cycle}")),
+                cpu_seconds(
+                    partial(_resume_ledger, ledger, folder / f"copy-{rank}-{cycle}")
+                ),
             )
             resident = psutil.Process().memory_info().rss / 1e6
             times = (f"{second:.3f}" for second in found)
