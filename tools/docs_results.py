@@ -181,8 +181,7 @@ def layerwise() -> list[str]:
             for factor in (0.5, 1, 2):
                 row = by_rate.get((best.method, factor * best.rate))
                 cells.append(_new_and_old(row) if row else "")
-            name = f"{base}, {best.method}"
-            lines.append([name, f"{best.rate:g}", *cells])
+            lines.append([f"{base}/{best.method}", f"{best.rate:g}", *cells])
     return number_table(titles, lines)
 
 

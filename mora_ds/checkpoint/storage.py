@@ -252,8 +252,8 @@ class ObjectStorage:
     """
 
     def __init__(self, root: Path, url: str, copies: Path) -> None:
-        """`copies`: the folder for those of what is read, for this run alone. It may be
-        `root`, which is not read but for them."""
+        """`copies`: the folder into which this run fetches what it reads. It may be `root`,
+        where nothing else is read."""
         self.root = root
         self._copies = copies
         self._store = ObjectStore(url)
@@ -265,8 +265,8 @@ class ObjectStorage:
 
     def sizes(self, folder: str) -> dict[str, int]:
         key = self._key(folder)
-        found = self._store.find(key)
-        return {name.removeprefix(f"{key}/"): size for name, (size, _) in found.items()}
+        facts = self._store.find(key)
+        return {name.removeprefix(f"{key}/"): size for name, (size, _) in facts.items()}
 
     def exists(self, file: str) -> bool:
         return self._store.facts(self._key(file)) is not None

@@ -4,8 +4,8 @@
     local("s3://bucket/run")                  .../step-000100, the run's latest checkpoint
     local("out/checkpoints/latest")           the same path
 
-And the other way: `with_urls` names URLs in messages, of copies and of what a run whose
---output_dir is a URL (`bind`) has in its working folder.
+`with_urls` does the reverse for messages: it replaces the path of a copy by its URL, and so
+that of the working folder of a run whose --output_dir is a URL (`bind`).
 
 A folder is complete as soon as it has its name. What has changed at the URL since is
 fetched again, into another one. Nothing is ever deleted: it is a cache.
@@ -39,7 +39,7 @@ _urls: dict[str, str] = {}
 """Folder of this machine -> the URL that it stands for: a copy of what is there, or the
 working folder of a run there."""
 _checkpoints: dict[str, str] = {}
-"""Folder of a run's checkpoints, which are not in it -> the URL where they are."""
+"""Folder that stands for a run's checkpoints -> the URL where they are."""
 
 
 def users_cache() -> Path:
@@ -69,6 +69,7 @@ def local(
     """
     if not is_url(place):
         return expanded(place, flag)
+    # This run's own checkpoints, which its storage fetches
     for root, url in _checkpoints.items():
         if str(place).startswith(f"{url}/"):
             return Path(root + str(place).removeprefix(url))

@@ -133,8 +133,8 @@ class ObjectStore:
 
     def facts(self, name: str) -> tuple[int, str] | None:
         """(bytes, version) of an object; None where there is none."""
-        said = self._found({}, "info", name)
-        return object_facts(said) if said.get("type") == "file" else None
+        entry = self._found({}, "info", name)
+        return object_facts(entry) if entry.get("type") == "file" else None
 
     def find(self, folder: str = "") -> Objects:
         """All objects below a name."""
@@ -145,11 +145,11 @@ class ObjectStore:
         return self._list("glob", pattern) or self.find(pattern)
 
     def _list(self, method: str, name: str) -> Objects:
-        found = self._found({}, method, name, detail=True)
+        entries = self._found({}, method, name, detail=True)
         return {
-            name: object_facts(found[name])
-            for name in found
-            if name and found[name]["type"] == "file"
+            path: object_facts(entry)
+            for path, entry in entries.items()
+            if path and entry["type"] == "file"
         }
 
     def folders(self) -> list[str]:
@@ -219,11 +219,11 @@ _VERSIONS = ("ETag", "etag", "mtime", "Last-Modified", "last_modified", "blob_id
 """What stores call the version of an object, the best ones first."""
 
 
-def object_facts(said: dict[str, Any]) -> tuple[int, str]:
-    """(bytes, version), from what a library says of an object."""
+def object_facts(entry: dict[str, Any]) -> tuple[int, str]:
+    """(bytes, version) of an object, from an entry of an fsspec listing."""
     # Azure quotes it in one of two answers
-    versions = [str(said[name]).strip('"') for name in _VERSIONS if name in said]
-    return said["size"], "".join(versions[:1])
+    versions = [str(entry[name]).strip('"') for name in _VERSIONS if name in entry]
+    return entry["size"], "".join(versions[:1])
 
 
 RENEWED_S = 5.0
@@ -254,7 +254,7 @@ class Lease:
         self._owner = f"process {os.getpid()} on {platform.node()}, {uuid4().hex}"
         self._is_lost = False
         self._in_use = threading.Lock()
-        """Held while the object is written: some stores show a part of it meanwhile."""
+        """Held while the object is renewed: a store on a disk shows it empty meanwhile."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 

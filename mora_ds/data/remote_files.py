@@ -59,9 +59,10 @@ class _Ranges(AbstractBufferedFile):
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         data = self._store.read_range(self.path, start, end)
-        # After it: what was read is of the version that is still there
+        # Asked after the read: only then are the bytes known to be of this version
         if self._store.facts(self.path) != (self._file.size, self._file.version):
             raise StoreError(f"{self._file} was changed after this run looked at it")
+        # The next request reads ahead as much as was read so far
         self.cache.blocksize = min(end, BLOCK_BYTES)
         return data
 

@@ -42,7 +42,7 @@ _GATHERED = ZeroParamStatus.AVAILABLE
 _SHARDED = ZeroParamStatus.NOT_AVAILABLE
 
 _FREES: tuple[dict[str, bool], ...] = ({}, {"free_data": True})
-"""The arguments with which DeepSpeed only frees a parameter."""
+"""The keyword arguments with which `partition` only frees a parameter."""
 
 _MAX_SLICES = 1024
 """Maximum of parameters times ranks for a coalesced all-gather of persistent parameters.
@@ -200,9 +200,9 @@ def free_quickly(parameter: Any) -> None:
     would also format unused messages. Other cases still use it."""
     partition = parameter.partition
 
-    def free(*lists: Any, **options: Any) -> None:
-        if lists or options not in _FREES or parameter.ds_status is not _GATHERED:
-            partition(*lists, **options)
+    def free(*args: Any, **kwargs: Any) -> None:
+        if args or kwargs not in _FREES or parameter.ds_status is not _GATHERED:
+            partition(*args, **kwargs)
             return
         free_param(parameter)
         parameter.ds_status = _SHARDED

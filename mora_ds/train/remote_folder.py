@@ -58,8 +58,8 @@ class RemoteFolder:
         self._has_begun = False
 
     def open(self) -> None:
-        """Reserve the URL, and fetch what the run there has written. Folders stay there:
-        an empty one has the name. Raises `UserError`."""
+        """Reserve the URL, and fetch the files that a resumed run goes on with. A folder
+        is not fetched: an empty one stands for it. Raises `UserError`."""
         try:
             self._lease.take()
             self._is_open = True
@@ -67,11 +67,11 @@ class RemoteFolder:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             facts = {name: self._store.facts(name) for name in _READ_AGAIN}
-            present = [name for name, found in facts.items() if found]
             for name in (RUN_FILE, SUMMARY_FILE):
-                if (found := facts[name]) and found[0] > MAX_BYTES:
+                size, _ = facts[name] or (0, "")
+                if size > MAX_BYTES:
                     raise UserError(f"{self.url}/{name} is too large to be a run's")
-            self._store.fetch(present, self.folder)
+            self._store.fetch([name for name in facts if facts[name]], self.folder)
             # What no run has made is refused as on a disk (`output_folder`)
             for name in self._store.folders():
                 (self.folder / name).mkdir()

@@ -11,8 +11,8 @@ with more seeds. Eight times in a run the second is generated greedily; the shar
 right digits is the character accuracy (1/16 is chance). A digit is one token here, so
 rows need no padding. Prints, at each method's best learning rate (largest mean accuracy
 over all measurements), the accuracy over steps, mean over seeds, the steps to 90%, and
-the perplexity of `--text`, which nobody trains on, before and after; `--json FILE`
-keeps all runs.
+the perplexity of `--text`, ordinary text, before and after the run; `--json FILE` keeps
+all runs.
 
 Every finished run leaves WORK/results/NAME.json and is not repeated while its settings
 are the same, so the command goes on where it was stopped.
@@ -136,10 +136,11 @@ def main() -> None:
     base = options.base or small_base(options.work)
     settings = _settings(base, options)
     start_distributed()
-    swept = _trials(options, range(1, options.sweep_seeds + 1))
+    sweep_seeds = min(options.sweep_seeds, options.seeds)
+    swept = _trials(options, range(1, sweep_seeds + 1))
     runs = [_result(trial, base, settings, options) for trial in swept]
     best = best_rates(rows_of(runs))
-    for trial in _trials(options, range(options.sweep_seeds + 1, options.seeds + 1)):
+    for trial in _trials(options, range(sweep_seeds + 1, options.seeds + 1)):
         if trial.rate == best[trial.method, trial.rank]:
             runs.append(_result(trial, base, settings, options))
     _show(runs, best, options)
@@ -230,9 +231,9 @@ def _result(
     """The result of a run, which is made unless it is there with these settings."""
     path = options.work / "results" / f"{trial.name}.json"
     if path.is_file():
-        found: dict[str, Any] = read_json(path)
-        if found["settings"] == settings:
-            return found
+        earlier: dict[str, Any] = read_json(path)
+        if earlier["settings"] == settings:
+            return earlier
     print(trial.name, flush=True)
     result = {
         "method": trial.method,
@@ -249,7 +250,7 @@ def _result(
 
 def best_rates(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
     """Method and rank -> the learning rate with the largest mean accuracy over all
-    measurements of the seeds that all of its learning rates have."""
+    measurements and seeds."""
 
     def accuracy(row: Row) -> float:
         return fmean(fmean(run["accuracy"]) for run in row.runs)
