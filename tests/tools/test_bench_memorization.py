@@ -36,7 +36,7 @@ def test_the_small_base_learns_what_digits_are_and_is_made_once(
     warm = SimpleNamespace(warm=user.model)
     monkeypatch.setattr(bench, "warm_base", lambda folder: warm)
     folder = bench.small_base(tmp_path)
-    assert bench.pairs_of_digits(folder, 3, seed=1).shape == (3, 66)
+    assert bench.PairTokens.of(folder).pairs(3, seed=1).shape == (3, 66)
     monkeypatch.delattr(bench, "warm_base")
     assert bench.small_base(tmp_path) == folder
 
@@ -91,7 +91,7 @@ def test_two_pairs_are_memorized(tmp_path, user):
     """Every method learns; MoRA, with no more parameters, more than LoRA."""
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": "the cat sat on the mat " * 2000}))
-    flags = ("--seeds 1 --rates 1e-2", "--text", text)
+    flags = ("--seeds 1 --methods full@1e-2 lora@1e-2 mora@1e-2 remora@1e-2", "--text", text)
     results, output = memorized(tmp_path, user, *flags)
     for result in results:
         before, after = result["perplexity"]

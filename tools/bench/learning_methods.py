@@ -71,19 +71,6 @@ class Methods:
                 self.methods[name] = replace(method, replay=share)
 
     def chosen(self, words: list[str]) -> dict[str, tuple[float, ...]]:
-        """The learning rates of every named method. `words`: `NAME`, or `NAME@RATE` for
-        each learning rate that replaces its own sweep. Raises `UserError` for an unknown
-        name and for a learning rate that is no number."""
-        rates_of: dict[str, tuple[float, ...]] = {}
-        for word in words:
-            name, at, rate = word.partition("@")
-            if name not in self.methods:
-                raise UserError(unknown("--methods", name, self.methods))
-            try:
-                rates = (float(rate),) if at else self.methods[name].rates
-            except ValueError:
-                raise UserError(
-                    f"--methods {word}: {rate!r} is no learning rate"
-                ) from None
-            rates_of[name] = (*rates_of.get(name, ()), *rates)
-        return rates_of
+        """`chosen_rates` of the named methods."""
+        sweeps = {name: method.rates for name, method in self.methods.items()}
+        return chosen_rates(words, sweeps)

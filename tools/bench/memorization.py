@@ -7,7 +7,8 @@ memorized?
 Full training, LoRA, MoRA and ReMoRA, at equal trainable parameters, on one engine
 (ZeRO, AdamW, a constant learning rate after a warm-up): each learns, of pairs of 32 hex
 digits, the second from the first, at every learning rate of its sweep, the best one
-with more seeds. Eight times in a run the second is generated greedily; the share of
+with more seeds. The softmax is over the 16 digits: over a large vocabulary it would cost
+more than all layers. Eight times in a run the second is generated greedily; the share of
 right digits is the character accuracy (1/16 is chance). A digit is one token here, so
 rows need no padding. Prints, at each method's best learning rate (largest mean accuracy
 over all measurements), the accuracy over steps, mean over seeds, the steps to 90%, and
@@ -38,13 +39,13 @@ from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
 # A bare checkout, not installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from mora_ds import Run, initialize, inject
@@ -71,7 +72,7 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.runtime import cli
 from tools.bench.measuring import count_trained, only_rank, zero3_config
 from tools.bench.report import Report, bench_parser
-from tools.bench.trials import at_edge, warm_base
+from tools.bench.trials import at_edge, chosen_rates, warm_base
 from tools.runs import Row, rows_of
 from tools.tables import mean_and_spread
 
@@ -100,7 +101,8 @@ HEX = "0123456789abcdef"
 class Method:
     """A row of the table."""
 
-    rates: tuple[float, ...]
+    sweep: tuple[float, ...]
+    """Its learning rates where `--methods` gives none."""
     adapter: type[AdapterConfig] | None = MoRAConfig
     """None: every parameter is trained."""
     merges: bool = False
@@ -179,11 +181,8 @@ def _options() -> argparse.Namespace:
         "--methods",
         nargs="+",
         default=list(METHODS),
-        choices=list(METHODS),
-        help="what is trained",
-    )
-    parser.add_argument(
-        "--rates", nargs="+", type=float, help="instead of each method's own sweep"
+        metavar="METHOD[@RATE]",
+        help="what is trained, each at the learning rates that it is given with, if any",
     )
     return parser.parse_args()
 
@@ -209,10 +208,10 @@ def _check(options: argparse.Namespace) -> None:
 
 def _trials(options: argparse.Namespace, seeds: Sequence[int]) -> Iterator[Trial]:
     """The runs at every rank, learning rate and seed."""
-    for name in options.methods:
-        method = METHODS[name]
-        ranks = [0] if method.adapter is None else options.rank
-        for rank, rate, seed in product(ranks, options.rates or method.rates, seeds):
+    sweeps = {name: method.sweep for name, method in METHODS.items()}
+    for name, rates in chosen_rates(options.methods, sweeps).items():
+        ranks = [0] if METHODS[name].adapter is None else options.rank
+        for rank, rate, seed in product(ranks, rates, seeds):
             yield Trial(name, rank, rate, seed)
 
 
@@ -266,27 +265,67 @@ def best_rates(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
 # -- the task --------------------------------------------------------------------------
 
 
-def pairs_of_digits(base: Path, number: int, seed: int | str) -> Tensor:
-    """(number, 2 * DIGITS + 2) token ids of the tokenizer of `base`: start, 32 random
-    digits, separator, 32 random digits. Raises `UserError` where a digit has no token
-    of its own."""
-    tokenizer = load_tokenizer(base, flag="--base")
-    *digits, separator = (
-        tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in f"{HEX}="
-    )
-    start = tokenizer.bos_token_id
-    if start is None:
-        start = tokenizer.eos_token_id
-    if len({*digits, separator, start}) < len(HEX) + 2:
-        raise UserError(
-            f"--base {base}: its tokenizer has no token of its own for every hex digit"
+@dataclass(frozen=True)
+class PairTokens:
+    """Token ids of a tokenizer that pairs are made of."""
+
+    digits: list[int]
+    separator: int
+    start: int
+
+    @classmethod
+    def of(cls, base: Path) -> Self:
+        """Those of the tokenizer of `base`. Raises `UserError` where a digit has no token
+        of its own."""
+        tokenizer = load_tokenizer(base, flag="--base")
+        *digits, separator = (
+            tokenizer(text, add_special_tokens=False)["input_ids"][-1]
+            for text in f"{HEX}="
         )
-    draw = random.Random(f"pairs/{seed}")
+        start = tokenizer.bos_token_id
+        if start is None:
+            start = tokenizer.eos_token_id
+        if len({*digits, separator, start}) < len(HEX) + 2:
+            raise UserError(
+                f"--base {base}: its tokenizer has no token of its own for every hex digit"
+            )
+        return cls(digits, separator, start)
 
-    def half() -> list[int]:
-        return [draw.choice(digits) for _ in range(DIGITS)]
+    def pairs(self, number: int, seed: int | str) -> Tensor:
+        """(number, 2 * DIGITS + 2) token ids: start, 32 random digits, separator, 32
+        random digits."""
+        draw = random.Random(f"pairs/{seed}")
 
-    return torch.tensor([[start, *half(), separator, *half()] for _ in range(number)])
+        def half() -> list[int]:
+            return [draw.choice(self.digits) for _ in range(DIGITS)]
+
+        return torch.tensor(
+            [[self.start, *half(), self.separator, *half()] for _ in range(number)]
+        )
+
+
+class DigitHead(nn.Module):
+    """The head of a model, whose logits are those of the digits alone, in their order;
+    with `whole`, those of the vocabulary."""
+
+    def __init__(self, head: nn.Linear, digits: list[int]) -> None:
+        super().__init__()
+        if head.bias is not None:
+            raise UserError("--base: its head has a bias, which is not supported here")
+        self.weight = head.weight
+        """Shared with the embeddings where they are tied."""
+        self.register_buffer("digits", torch.tensor(digits), persistent=False)
+        self.whole = False
+
+    digits: Tensor
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight = self.weight if self.whole else self.weight[self.digits]
+        return nn.functional.linear(hidden, weight)
+
+    def classes(self, ids: Tensor) -> Tensor:
+        """The index of each id, all of them digits, among the logits."""
+        return (ids[..., None] == self.digits).int().argmax(dim=-1)
 
 
 def _labels(ids: Tensor) -> Tensor:
@@ -313,32 +352,38 @@ def rows_of_text(base: Path, file: Path) -> Tensor:
 
 
 @torch.no_grad()
-def _perplexity(engine: Any, text: Tensor | None) -> float | None:
-    """Of rows of text. The engine is in training mode afterwards."""
+def _perplexity(engine: Any, head: DigitHead, text: Tensor | None) -> float | None:
+    """Of rows of text, over the whole vocabulary. The engine is in training mode
+    afterwards."""
     if text is None:
         return None
     engine.eval()
+    head.whole = True
     rows = text.to(engine.device).split(1)
     losses = [
         engine(input_ids=ids, labels=ids, use_cache=False).loss.item() for ids in rows
     ]
+    head.whole = False
     engine.train()
     return math.exp(fmean(losses))
 
 
 @torch.no_grad()
-def _accuracy(engine: Any, rows: Tensor) -> float:
+def _accuracy(engine: Any, head: DigitHead, rows: Tensor) -> float:
     """Share of digits that are right when the second halves are generated greedily from
     the first. The engine is in training mode afterwards."""
     engine.eval()
-    ids = rows[:, :-DIGITS].to(engine.device)
+    rows = rows.to(engine.device)
+    ids = rows[:, :-DIGITS]
     cache = None
     right = 0
     for position in range(DIGITS):
-        output = engine(input_ids=ids, past_key_values=cache, use_cache=True)
-        ids = output.logits[:, -1:].argmax(dim=-1)
+        output = engine(
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        ids = head.digits[output.logits.argmax(dim=-1)]
         cache = output.past_key_values
-        right += int((ids[:, 0].cpu() == rows[:, position - DIGITS]).sum())
+        right += int((ids[:, 0] == rows[:, position - DIGITS]).sum())
     engine.train()
     return right / (len(rows) * DIGITS)
 
@@ -355,7 +400,8 @@ def small_base(work: Path) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(warm, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    for ids in pairs_of_digits(warm, 16 * DIGIT_STEPS, "never again").split(16):
+    pairs = PairTokens.of(warm).pairs(16 * DIGIT_STEPS, "never again")
+    for ids in pairs.split(16):
         model(input_ids=ids, labels=_labels(ids), use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -373,10 +419,13 @@ def _train(trial: Trial, base: Path, options: argparse.Namespace) -> dict[str, A
     of each measurement, and the perplexity of `--text` before and after."""
     method = METHODS[trial.method]
     torch.manual_seed(trial.seed)
-    rows = pairs_of_digits(base, options.pairs, trial.seed)
+    tokens = PairTokens.of(base)
+    rows = tokens.pairs(options.pairs, trial.seed)
     text = options.text and rows_of_text(base, options.text)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    head = DigitHead(model.get_output_embeddings(), tokens.digits)
+    model.set_output_embeddings(head)
     config = zero3_config(
         options.micro_batch,
         gradient_accumulation_steps=options.batch // options.micro_batch,
@@ -389,7 +438,7 @@ def _train(trial: Trial, base: Path, options: argparse.Namespace) -> dict[str, A
     trained = count_trained(model)
     make = initialize_full if method.adapter is None else initialize
     engine = make(model=model, config=config)[0]
-    before = _perplexity(engine, text)
+    before = _perplexity(engine, head, text)
     schedule = Schedule(
         ScheduleKind.CONSTANT,
         trial.rate,
@@ -410,14 +459,14 @@ def _train(trial: Trial, base: Path, options: argparse.Namespace) -> dict[str, A
         for step in range(1, options.steps + 1):
             zero.set_learning_rate(engine, schedule.learning_rate(step - 1, merges))
             batch = rows[[draw.randrange(len(rows)) for _ in range(options.batch)]]
-            loss = _step(engine, batch, options.micro_batch)
+            loss = _step(engine, head, batch, options.micro_batch)
             if run is not None and schedule.merges_after(step):
                 run.merge(step)
                 merges.append(step)
             if step in measured:
-                shares.append(_accuracy(engine, rows[:PROBED]))
+                shares.append(_accuracy(engine, head, rows[:PROBED]))
                 losses.append(loss)
-    after = _perplexity(engine, text)
+    after = _perplexity(engine, head, text)
     engine.destroy()
     return {
         "trained": trained,
@@ -428,11 +477,20 @@ def _train(trial: Trial, base: Path, options: argparse.Namespace) -> dict[str, A
     }
 
 
-def _step(engine: zero.Engine, batch: Tensor, micro_batch: int) -> float:
-    """The mean loss of a step on `batch`."""
+def _step(
+    engine: zero.Engine, head: DigitHead, batch: Tensor, micro_batch: int
+) -> float:
+    """The mean loss of a step on `batch`: of the second halves alone."""
     losses = []
     for ids in batch.to(engine.device).split(micro_batch):
-        loss = engine(input_ids=ids, labels=_labels(ids), use_cache=False).loss
+        # The logits that predict the second half: from the separator on
+        logits = engine(
+            input_ids=ids, use_cache=False, logits_to_keep=DIGITS + 1
+        ).logits[:, :-1]
+        classes = head.classes(ids[:, -DIGITS:])
+        loss = nn.functional.cross_entropy(
+            logits.float().flatten(end_dim=1), classes.flatten()
+        )
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())

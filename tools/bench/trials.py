@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from mora_ds.common.errors import RunError
+from mora_ds.common.errors import RunError, UserError, unknown
 from mora_ds.common.files import write_json
 from mora_ds.config.arguments import parse
 from mora_ds.config.effects import unused_options
@@ -85,6 +85,27 @@ def warm_base(folder: Path, config: Path = MODEL_CONFIG, **settings: Any) -> Dem
         of_demo = warm_start_settings(paths, ROWS, SEED)
         pretrain_alone({**of_demo, **settings}, paths.root / "warm.log")
     return paths
+
+
+def chosen_rates(
+    words: Sequence[str], sweeps: Mapping[str, tuple[float, ...]]
+) -> dict[str, tuple[float, ...]]:
+    """The learning rates of every method that `--methods` names. `words`: `NAME`, which
+    takes its sweep, or `NAME@RATE` for each learning rate that replaces it. Raises
+    `UserError` for an unknown name and for a learning rate that is no number."""
+    rates_of: dict[str, tuple[float, ...]] = {}
+    for word in words:
+        name, at, rate = word.partition("@")
+        if name not in sweeps:
+            raise UserError(unknown("--methods", name, sweeps))
+        try:
+            rates = (float(rate),) if at else sweeps[name]
+        except ValueError:
+            raise UserError(
+                f"--methods {word}: {rate!r} is no learning rate"
+            ) from None
+        rates_of[name] = (*rates_of.get(name, ()), *rates)
+    return rates_of
 
 
 def at_edge(rate: float, swept: Sequence[float]) -> str:
