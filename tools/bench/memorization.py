@@ -466,6 +466,7 @@ def _train(trial: Trial, base: Path, options: argparse.Namespace) -> dict[str, A
             if step in measured:
                 shares.append(_accuracy(engine, head, rows[:PROBED]))
                 losses.append(loss)
+                print(f"  step {step}: {shares[-1]:.1%}, loss {loss:.3f}", flush=True)
     after = _perplexity(engine, head, text)
     engine.destroy()
     return {
