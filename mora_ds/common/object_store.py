@@ -259,12 +259,18 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def take(self) -> None:
-        """Raises `UserError` where another process has it."""
+        """Raises `UserError` where another process has it, or the store cannot tell."""
         if not self._store.create(self._name, self._content()):
             self._await_expiry()
             self._store.delete(self._name)
             if not self._store.create(self._name, self._content()):
                 raise self._taken()
+        if self._store.create(self._name, self._content()):
+            # Some answer to S3's requests and ignore If-None-Match
+            self._store.delete(self._name)
+            raise UserError(
+                f"--output_dir {self._store.url}: this store overwrites an object that must not be there, so that two runs could write there; give one with conditional writes"
+            )
         self._thread.start()
         _leases.append(self)
 

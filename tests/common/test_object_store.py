@@ -129,6 +129,16 @@ def test_a_lease_is_one_holders_until_it_is_released(store, quick, monkeypatch):
     second.release()
 
 
+def test_a_store_that_always_overwrites_is_refused(store, monkeypatch):
+    """Two runs would both hold its lease."""
+    monkeypatch.setattr(
+        ObjectStore, "create", lambda own, *object: own.write(*object) or True
+    )
+    with pytest.raises(UserError, match="give one with conditional writes"):
+        Lease(store, ".lock").take()
+    assert not store.find()
+
+
 def test_a_holder_renews_its_lease(store, quick):
     lease = Lease(store, ".lock")
     lease.take()

