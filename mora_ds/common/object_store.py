@@ -269,7 +269,8 @@ class Lease:
             # Some answer to S3's requests and ignore If-None-Match
             self._store.delete(self._name)
             raise UserError(
-                f"--output_dir {self._store.url}: this store overwrites an object that must not be there, so that two runs could write there; give one with conditional writes"
+                f"--output_dir {self._store.url}: this store has no conditional writes, so that "
+                "two runs could write there; give another one"
             )
         self._thread.start()
         _leases.append(self)

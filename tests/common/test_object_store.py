@@ -134,7 +134,7 @@ def test_a_store_that_always_overwrites_is_refused(store, monkeypatch):
     monkeypatch.setattr(
         ObjectStore, "create", lambda own, *object: own.write(*object) or True
     )
-    with pytest.raises(UserError, match="give one with conditional writes"):
+    with pytest.raises(UserError, match="this store has no conditional writes"):
         Lease(store, ".lock").take()
     assert not store.find()
 

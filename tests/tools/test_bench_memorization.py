@@ -91,7 +91,11 @@ def test_two_pairs_are_memorized(tmp_path, user):
     """Every method learns; MoRA, with no more parameters, more than LoRA."""
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": "the cat sat on the mat " * 2000}))
-    flags = ("--seeds 1 --methods full@1e-2 lora@1e-2 mora@1e-2 remora@1e-2", "--text", text)
+    flags = (
+        "--seeds 1 --methods full@1e-2 lora@1e-2 mora@1e-2 remora@1e-2",
+        "--text",
+        text,
+    )
     results, output = memorized(tmp_path, user, *flags)
     for result in results:
         before, after = result["perplexity"]

@@ -21,6 +21,7 @@ from mora_ds.common import object_store
 from mora_ds.common.errors import NonFatalFailure, UserError
 from mora_ds.common.fetched import local, with_urls
 from mora_ds.common.files import config_path, read_json
+from mora_ds.data import load_tokenizer
 from mora_ds.deploy.export import export_merged
 from mora_ds.train.output_folder import reserve
 from mora_ds.train.remote_folder import RemoteFolder
@@ -38,6 +39,7 @@ from tests.helpers.jobs import curve, job, refused, run
 from tests.helpers.kills import killed_run
 from tests.helpers.outcome import assert_good, tree
 from tests.helpers.resume import MERGING, interrupted_job
+from tests.helpers.token_files import KINDS, tokens_of, write_tokens
 from tests.helpers.tools import called
 
 FLAGS = f"{MERGING} --train_norms true --mora_dropout 0.1 --save_total_limit 2"
@@ -462,6 +464,31 @@ def test_a_run_from_bucket_to_bucket_is_that_on_a_disk(
     assert_same_from_urls(user, source, bucket, tmp_path, reference, wrap)
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.heavy(seconds=30)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_token_files_in_a_bucket_is_that_on_a_disk(
+    user, s3, bucket, tmp_path, kind
+):
+    """On two ranks, replayed, stopped and resumed."""
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    documents = tokens_of(load_tokenizer(user.model), user.texts())
+    write_tokens(tokens, kind, documents)
+    source = f"{bucket}-tokens"
+    fsspec.filesystem("s3").put(f"{tokens}/", source, recursive=True)
+
+    def argv(out, folder, cache):
+        files = f"{folder}/*.{kind}"
+        more = f"{MERGING} {AUTO} --train_files {files} --replay old={files}:0.25"
+        return user.flags(out, more, "--cache_dir", tmp_path / cache)
+
+    run(2, argv(tmp_path / "out", tokens, "cache"))
+    own = argv(bucket, source, "cache_of_node")
+    run_ranks(2, s3_job, s3.endpoint, interrupted_job, own, 3)
+    run_ranks(2, s3_job, s3.endpoint, job, own)
+    assert curve(downloaded(bucket, tmp_path / "run")) == curve(tmp_path / "out")
 
 
 # -- Google's storage ------------------------------------------------------------------

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field
 
-from mora_ds.common.errors import BELOW_1, COUNT, POSITIVE, UserError, unknown
+from mora_ds.common.errors import BELOW_1, COUNT, POSITIVE
 from mora_ds.common.files import load_yaml
 from mora_ds.common.untrusted import typed
+from tools.bench.trials import chosen_rates
 
 METHODS_FILE = Path(__file__).with_name("learning.yaml")
 

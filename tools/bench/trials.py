@@ -101,9 +101,7 @@ def chosen_rates(
         try:
             rates = (float(rate),) if at else sweeps[name]
         except ValueError:
-            raise UserError(
-                f"--methods {word}: {rate!r} is no learning rate"
-            ) from None
+            raise UserError(f"--methods {word}: {rate!r} is no learning rate") from None
         rates_of[name] = (*rates_of.get(name, ()), *rates)
     return rates_of
 
