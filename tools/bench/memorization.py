@@ -306,21 +306,23 @@ class PairTokens:
 
 class DigitHead(nn.Module):
     """The head of a model, whose logits are those of the digits alone, in their order;
-    with `whole`, those of the vocabulary."""
+    with `over_vocabulary`, those of all tokens."""
+
+    weight: nn.Parameter
+    """Shared with the embeddings where they are tied."""
+    digits: Tensor
+    over_vocabulary: bool
 
     def __init__(self, head: nn.Linear, digits: list[int]) -> None:
         super().__init__()
         if head.bias is not None:
             raise UserError("--base: its head has a bias, which is not supported here")
         self.weight = head.weight
-        """Shared with the embeddings where they are tied."""
         self.register_buffer("digits", torch.tensor(digits), persistent=False)
-        self.whole = False
-
-    digits: Tensor
+        self.over_vocabulary = False
 
     def forward(self, hidden: Tensor) -> Tensor:
-        weight = self.weight if self.whole else self.weight[self.digits]
+        weight = self.weight if self.over_vocabulary else self.weight[self.digits]
         return nn.functional.linear(hidden, weight)
 
     def classes(self, ids: Tensor) -> Tensor:
@@ -353,17 +355,17 @@ def rows_of_text(base: Path, file: Path) -> Tensor:
 
 @torch.no_grad()
 def _perplexity(engine: Any, head: DigitHead, text: Tensor | None) -> float | None:
-    """Of rows of text, over the whole vocabulary. The engine is in training mode
+    """Of rows of text, over the vocabulary. The engine is in training mode
     afterwards."""
     if text is None:
         return None
     engine.eval()
-    head.whole = True
+    head.over_vocabulary = True
     rows = text.to(engine.device).split(1)
     losses = [
         engine(input_ids=ids, labels=ids, use_cache=False).loss.item() for ids in rows
     ]
-    head.whole = False
+    head.over_vocabulary = False
     engine.train()
     return math.exp(fmean(losses))
 
