@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -154,9 +154,14 @@ def _fetch(store: ObjectStore, versions: Objects, folder: Path) -> None:
                 raise StoreError(
                     f"{store.url} has changed while it was fetched: try again"
                 )
-        with suppress(OSError):
+        try:
             own.rename(folder)
-        shutil.rmtree(own, ignore_errors=True)
+        except OSError:
+            # Another node was faster, unless the folder is not there
+            if not folder.exists():
+                raise
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def _followed(store: ObjectStore, all_checkpoints: bool) -> ObjectStore:

@@ -214,11 +214,14 @@ def _output_folder(
     except BaseException:
         abandon(root)
         raise
-    if ranks.is_rank0:
+
+    def begin() -> None:
         reserve(root).commit()
         if remote is not None:
             remote.begin(arguments.training.overwrite_output_dir)
         _begin_checkpoints(root / CHECKPOINTS, checkpoint, state)
+
+    ranks.run_on_rank0("beginning of the run", begin, long=True)
 
 
 Beginning = tuple[Path | None, TrainerState | None, JsonObject]

@@ -113,8 +113,8 @@ class RemoteFolder:
         # What ended the run is reported, and not this
         with suppress(RunError):
             if self._is_open:
-                self._lease.check()
                 try:
+                    self._lease.check()
                     if self._has_begun:
                         self._upload(*_UPLOADED)
                     shutil.rmtree(self.folder, ignore_errors=True)

@@ -256,12 +256,16 @@ class Run(TrainingRun):
         root = folder / CHECKPOINTS
         if isinstance(resume, Path) and state is not None:
             return resume, state
+
+        def found() -> Path | None:
+            # A killed save may have left the only good one under a hidden name
+            storage_of(root).repair()
+            return resume_checkpoint(str(resume), root, "Run: `resume`")
+
         checkpoint = None
         if resume is not None:
             checkpoint = ranks.run_on_rank0(
-                "checkpoint to resume from",
-                lambda: resume_checkpoint(str(resume), root, "Run: `resume`"),
-                long=True,
+                "checkpoint to resume from", found, long=True
             )
         elif not overwrite:
             ranks.run_on_rank0(

@@ -4,13 +4,14 @@ changed.
 
 import errno
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from mora_ds.common import fetched
-from mora_ds.common.errors import UserError
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.fetched import fetch_into, local, with_urls
 from mora_ds.common.object_store import ObjectStore, StoreError
 
@@ -117,6 +118,24 @@ def test_two_nodes_without_common_locks_leave_one_folder(url, monkeypatch):
     folder = local(url)
     assert (folder / "file").read_text() == "step 1"
     assert {path.name for path in folder.parent.iterdir()} == {".lock", folder.name}
+
+
+def test_a_copy_that_cannot_take_its_name_is_an_error(url, tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fetched, "atomic_folder", made_at_once)
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises((RunError, OSError), match="Input/output error"):
+        local(url)
+    assert not list((tmp_path / "cache").rglob("file"))
+
+
+@contextmanager
+def made_at_once(folder):
+    """As `atomic_folder`, without renames."""
+    folder.mkdir(parents=True)
+    yield folder
 
 
 def test_a_full_disk_is_named_at_once(url, tmp_path, monkeypatch):

@@ -129,6 +129,23 @@ def test_a_lease_is_one_holders_until_it_is_released(store, quick, monkeypatch):
     second.release()
 
 
+def test_a_lease_that_is_renewed_while_another_waits_is_not_expired(
+    store, quick, monkeypatch
+):
+    """A store on a disk shows its object as empty then."""
+    monkeypatch.setattr(object_store, "RENEWED_S", 3600)
+    first = Lease(store, ".lock")
+    first.take()
+    quick(lambda: store.write(".lock", b""))
+    with pytest.raises(UserError, match="another run writes there"):
+        Lease(store, ".lock").take()
+    # Its holder was killed then, and has not come back
+    second = Lease(store, ".lock")
+    second.take()
+    second.release()
+    first.release()
+
+
 def test_a_store_that_always_overwrites_is_refused(store, monkeypatch):
     """Two runs would both hold its lease."""
     monkeypatch.setattr(

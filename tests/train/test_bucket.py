@@ -172,6 +172,24 @@ def test_a_save_that_fails_costs_that_save_alone(user, tmp_path, more):
     assert not (root / "step-000004").exists()
 
 
+def unwilling_job(argv):
+    """A run whose store takes nothing when it begins. The error of this rank."""
+    RemoteFolder.begin = no_answer  # in this forked rank alone
+    with pytest.raises(object_store.StoreError) as caught:
+        job(argv)
+    return str(caught.value)
+
+
+def no_answer(*_, **__):
+    raise object_store.StoreError("no answer")
+
+
+def test_all_ranks_end_where_a_run_cannot_begin(user, tmp_path):
+    argv = user.flags(f"file://{tmp_path}/store/run", "--max_steps 2")
+    for error in run_ranks(2, unwilling_job, argv):
+        assert "no answer" in error
+
+
 def forgetful_job(argv):
     """A run whose store does not answer once, when old checkpoints are to be deleted."""
     has_all_files = manager.has_all_files
@@ -346,6 +364,8 @@ def test_a_run_that_has_lost_its_url_leaves_it_alone(tmp_path, monkeypatch):
     (remote.folder / "metrics.jsonl").touch()
     remote.close()
     assert set(tree(tmp_path / "store")) == {".lock"}
+    # Later runs of this process write elsewhere
+    object_store.confirm_leases()
 
 
 # -- S3 --------------------------------------------------------------------------------

@@ -203,6 +203,15 @@ def test_a_scheduler_goes_on_where_it_was_saved(tmp_path, stage):
     assert resumed == reference[2:]
 
 
+def test_a_run_resumes_from_what_a_killed_save_has_hidden(tmp_path):
+    """Between the two renames that replace a checkpoint by one of the same step."""
+    (reference,) = run_pooled(1, scheduled, str(tmp_path), "out", 3, None, 4)
+    saved = tmp_path / "out/checkpoints/step-000002"
+    saved.rename(saved.with_name(".step-000002.old.writing"))
+    (resumed,) = run_pooled(1, scheduled, str(tmp_path), "out", 3, "auto", 4)
+    assert resumed == reference[2:]
+
+
 def test_a_scheduler_that_json_would_change_is_refused():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     changed = MultiStepLR(optimizer, [2, 4])
