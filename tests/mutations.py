@@ -338,7 +338,7 @@ checkpoint/storage.py ObjectStorage._key | checkpoint/test_object_storage.py
 
 # a lease is taken from a process that renews it
 common/object_store.py Lease._await_expiry | common/test_object_store.py
-- self._store.read(self._name) not in (content, b"")
+- now != content and not is_released
 + False
 
 # a base that is changed during the run is not noticed
