@@ -112,6 +112,8 @@ def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias():
     assert torch.equal(again.get_output_embeddings().low_rank, head.low_rank), (
         "drawn by the seed"
     )
+    other = model_with_mora(rank=2, embedding_rank=RANK, seed=1)
+    assert not torch.equal(other.get_output_embeddings().low_rank, head.low_rank)
     assert not torch.equal(head.low_rank, model.get_input_embeddings().low_rank)
     table = torch.nn.Linear(4, 9)
     x = torch.randn(3, 4)

@@ -76,6 +76,27 @@ def test_each_document_comes_once_an_epoch(files):
     assert read == Counter(letters(number) for number in range(300))
 
 
+def test_shards_of_as_many_documents_are_shuffled_each_in_its_own_order(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(stream, "SHARD_BYTES", 1)
+    texts = [letters(number) for number in range(40)]
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(json_lines(texts))
+    orders = [
+        [document.text for document, _ in shard.epoch(stream.StreamPosition())]
+        for shard in source([str(tmp_path)], buffer=80).documents.shards()
+    ]
+    assert [sorted(order) for order in orders] == [sorted(texts)] * 2
+    assert orders[0] != orders[1]
+
+
+def test_the_windows_of_all_shards_have_the_text_of_one(files):
+    documents = source(files).documents
+    windows = [shard.window_characters for shard in documents.shards()]
+    assert windows == [documents.window_characters // 8] * 8
+
+
 def test_turns_leave_out_shards_that_have_ended(files):
     """The sequences of the shards, in turns."""
     streamed = source(files)

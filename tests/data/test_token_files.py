@@ -273,6 +273,13 @@ def test_an_index_that_is_too_large_is_not_read(tmp_path, kind, index):
         load_corpus([str(path)]).members[0].documents(None)
 
 
+def test_the_tokenizers_last_id_is_taken_and_the_next_one_is_not(tmp_path, build):
+    build(write_tokens(tmp_path, "npy", [*IDS, [1, 399, 2]]))
+    path = write_tokens(tmp_path, "npy", [*IDS, [1, 400, 2]])
+    with user_error("a.npy: ids up to 400 in uint16, the tokenizer has 0 to 399"):
+        build(path)
+
+
 def test_ids_of_32_bits_are_not_read_as_twice_as_many(tmp_path, build):
     path = write_tokens(tmp_path, "npy", IDS, dtype="<i4")
     with user_error("a.npy: ids up to 10 in uint16, the tokenizer has 0 to 399 in <u2"):

@@ -225,6 +225,33 @@ def test_an_evaluation_copies_each_layer_once():
     )
 
 
+def test_a_layer_that_is_used_twice_in_turn_is_read_again_after_a_change():
+    """As the only layer of a model is, on both sides of a merge."""
+    losses = []
+    for streamed in (False, True):
+        model = tiny_model(num_hidden_layers=1)
+        inject(model, MoRAConfig(rank=4))
+        if streamed:
+            stream_base(model, CPU)
+        with torch.no_grad():
+            before = causal_loss(model, tokens(2))
+            change(model)
+            losses.append(causal_loss(model, tokens(2)))
+        assert losses[-1] != before
+    assert losses[0] == losses[1]
+
+
+def test_no_copy_reads_host_memory_any_more_when_it_may_be_written():
+    copies = Late()
+    with patch.object(layer_prefetcher, "copies_for", lambda device: copies):
+        _, prefetcher = streamed_model()
+    prefetcher.copy(0)
+    prefetcher.copy(1)
+    assert len(copies.waiting) == 2
+    prefetcher.invalidate()
+    assert not copies.waiting
+
+
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_modules_hold_host_memory_outside_of_their_forward(family, bits):

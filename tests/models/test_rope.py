@@ -63,6 +63,18 @@ def test_logits_are_those_of_transformers_own_model(family, text, longest, tmp_p
     assert rope.changes_of(model.config, tmp_path) == changes
 
 
+def test_a_model_that_rotates_a_part_of_each_head_goes_on_to_do_so(tmp_path):
+    part = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    plain = tiny_model("gpt_neox", rope_parameters=part)
+    plain.save_pretrained(tmp_path)
+    settings = rope_settings('{"rope_type": "linear", "factor": 2.0}')
+    changes = rope.rope_changes(folder_config(tmp_path), settings)
+    assert changes["rope_parameters"]["partial_rotary_factor"] == 0.5
+    model = load_model(tmp_path, torch.float32, changes=changes)
+    frequencies = model.gpt_neox.rotary_emb.inv_freq
+    assert torch.equal(frequencies, plain.gpt_neox.rotary_emb.inv_freq / 2)
+
+
 OF_OTHERS = """
 gpt2 | --rope_scaling: a gpt2 model has no rotary embeddings that are the same in all layers
 gemma3_text | --rope_scaling: a gemma3_text model has no rotary embeddings that are the same in all layers

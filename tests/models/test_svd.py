@@ -1,9 +1,36 @@
-"""Leading singular vectors of a matrix that is too large to be decomposed exactly."""
+"""Leading singular vectors: of a base's weights, and of a matrix that is too large to be
+decomposed exactly.
+"""
+
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
-from mora_ds.models.svd import OVERSAMPLED, leading_vectors
+from mora_ds.models.svd import OVERSAMPLED, from_base_weights, leading_vectors
+from tests.helpers.models import alone
 from tests.helpers.operators import random
+
+
+def test_a_weight_of_the_base_is_decomposed_in_fp64_as_outputs_by_inputs():
+    stored = random(3, 5).bfloat16()
+    spec = SimpleNamespace(weight_name=lambda name: f"{name}.weight")
+    layer: Any = SimpleNamespace(spec=spec, device="cpu", transposed=True)
+    base: Any = SimpleNamespace(read={"stored": stored}.__getitem__)
+    ranks: Any = SimpleNamespace(**vars(alone()), sum=lambda tensor: tensor)
+    keys = {"a.weight": "stored"}
+    seen = []
+
+    def work(name, layer, weight):
+        seen.append(weight)
+        return weight[:1]
+
+    computed = from_base_weights(
+        {"a": layer}, base, keys, ranks, lambda _: (1, 3), work
+    )
+    assert seen[0].dtype is torch.float64
+    assert torch.equal(seen[0], stored.double().T)
+    assert torch.equal(computed["a"], stored.float().T[:1])
 
 
 def test_a_matrix_too_large_for_lapack_is_decomposed_by_iteration(monkeypatch):

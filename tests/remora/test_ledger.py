@@ -9,6 +9,9 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from safetensors import safe_open
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.adapters.ops.updates import merged_weight
+from mora_ds.checkpoint.sections import LedgerSection
 from mora_ds.common import files
 from mora_ds.common.files import read_json
 from mora_ds.remora import ledger as ledger_room
@@ -117,6 +121,20 @@ def test_a_snapshot_stays_as_it_is(folder):
     snapshot = ledger.snapshot()
     append(ledger)
     assert (snapshot.cycles, ledger.cycles) == (3, 4)
+
+
+def test_a_checkpoint_holds_the_cycles_of_its_own_step(folder):
+    """Although a merge comes before its ledger is written in the background."""
+    ledger = Ledger.open(folder)
+    remora = SimpleNamespace(ledger=ledger, sums=SimpleNamespace(keep=""))
+    gathered = LedgerSection(cast(Any, remora)).gather(300)
+    append(ledger)
+    written = mock.Mock()
+    gathered.write(written)
+    assert [call.args[0] for call in written.put.call_args_list] == [
+        f"ledger/cycle-{cycle:05}.safetensors" for cycle in range(3)
+    ]
+    assert len(written.json.call_args.args[1]["cycles"]) == 3
 
 
 # -- what it refuses -------------------------------------------------------------------

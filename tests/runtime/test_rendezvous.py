@@ -67,7 +67,10 @@ def test_what_a_stranger_sets_for_a_rank_is_shown_in_part(as_rank):
     port = free_port()
     as_rank(0, 2, port)
     store = rendezvous.meet(LIMIT)
-    store.set("mora_ds, 2 processes: rank 1", b"\xff" * 1_000_000)
+    name = "mora_ds, 2 processes: rank 1"
+    store.set(name, b"\xff" * 1_000_000)
+    # Returns before the server has it
+    store.get(name)
     as_rank(1, 2, port)
     with run_error("another run, whose rank 1 is") as caught:
         rendezvous.meet(LIMIT)

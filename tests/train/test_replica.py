@@ -13,6 +13,7 @@ from mora_ds.data import IGNORED
 from mora_ds.data.mixture import BatchLoader, labels_in
 from mora_ds.train import replica as module
 from mora_ds.train.replica import Replica
+from mora_ds.train.training_setup import TrainingSetup
 from tests.helpers.errors import user_error
 
 T = 4
@@ -156,3 +157,26 @@ def test_the_first_losses_are_of_each_sequence_once(monkeypatch, replicas, rows,
     assert len({len(of_replica) for of_replica in losses}) == 1
     samples = [sample for replica in losses for batch in replica for sample in batch]
     assert sorted(samples) == list(range(min(limit or 16, 16)))
+
+
+# -- its dropout -----------------------------------------------------------------------
+
+
+def seed_of_dropout(rank, seed=3):
+    """Of a rank of replicas of two."""
+    training = SimpleNamespace(seed=seed, ranks_per_replica=2)
+    setup = TrainingSetup.__new__(TrainingSetup)
+    vars(setup).update(
+        arguments=SimpleNamespace(training=training),
+        context=SimpleNamespace(ranks=SimpleNamespace(rank=rank)),
+    )
+    with torch.random.fork_rng():
+        setup._seed_dropout()
+        return torch.initial_seed()
+
+
+def test_each_replica_draws_dropout_masks_that_no_other_has():
+    first, same, other, _ = map(seed_of_dropout, range(4))
+    assert first == same
+    assert first != other
+    assert seed_of_dropout(0, seed=4) not in (first, other)
