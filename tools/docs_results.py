@@ -48,6 +48,9 @@ LAYERWISE = {
 }
 """Base -> the JSON of its runs with a scale for each layer's update."""
 
+MEMORIZATION = "memorization_135m.json"
+"""The JSON of the paper's task on a pretrained model."""
+
 TABLE = re.compile(r"<!-- (?P<name>.+?), by tools/docs\.py -->")
 
 
@@ -190,6 +193,24 @@ def _new_and_old(row: Row) -> str:
     return "/".join(texts).replace(" ", "")
 
 
+def memorization() -> list[str]:
+    """Of results/learning-tables.md: digits known in the course of each run, and the
+    perplexity of prose after it."""
+    rows = rows_of(read_json(plans.DATA / MEMORIZATION)["runs"])
+    steps = rows[0].runs[0]["steps"]
+    shown = [place for place, step in enumerate(steps) if step in (200, 300, 400)]
+    titles = ["digits right, %", "trained", "learning rate"]
+    lines = []
+    for row in rows:
+        (run,) = row.runs
+        shares = [f"{100 * run['accuracy'][place]:.0f}" for place in shown]
+        prose = f"{run['perplexity'][1]:.1f}"
+        name = f"{row.method}-{row.rank}"
+        lines.append([name, f"{row.trained:,}", f"{row.rate:g}", *shares, prose])
+    titles += [f"{steps[place]}" for place in shown]
+    return number_table([*titles, "prose"], lines)
+
+
 def energy() -> list[str]:
     """Of results/learning-tables.md: the shares, from data/energy_*.json, a base a
     column."""
@@ -256,6 +277,7 @@ TABLES = {
     "traffic": traffic,
     "learning": learning,
     "layerwise": layerwise,
+    "memorization": memorization,
     "merges by cycle": merges_by_cycle,
     "energy": energy,
     "prediction": prediction,
