@@ -272,7 +272,9 @@ def test_a_failure_at_each_check(user, tmp_path, out, start, world, last):
     failing = world - 1 if last else 0
     argv = start(user, out, tmp_path, world)
     healthy = [*argv, "--output_dir", str(tmp_path / "healthy")]
-    names = run_ranks(world, checks_of, healthy)[0]
-    assert len(names) >= 20
-    assert_all_fail(world, argv, list(range(len(names))), failing)
+    *checks, beginning = run_ranks(world, checks_of, healthy)[0]
+    assert len(checks) >= 20
+    # From there on the folder is the run's
+    assert beginning == "beginning of the run"
+    assert_all_fail(world, argv, list(range(len(checks))), failing)
     assert out.exists() == (start is resumed_start), "the folder is as it was"
