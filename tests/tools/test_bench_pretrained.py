@@ -1,6 +1,9 @@
 """tools/bench/pretrained.py: the texts that it makes out of installed packages."""
 
-from tools.bench.pretrained import ontology_documents
+import json
+
+from mora_ds.train.tasks import check_tasks
+from tools.bench.pretrained import ontology_documents, questions_of, write_task
 
 OBO = r"""format-version: 1.2
 
@@ -29,3 +32,26 @@ def test_document_has_definition_comment_synonyms_and_parents() -> None:
         "Also called: Hypoplastic hand; Short hand.\nA kind of: Abnormal hand.\n"
     )
     assert list(ontology_documents(OBO)) == [("HP:1", text)]
+
+
+DOCUMENTS = [f"Term {number}\nMeaning {number}.\n" for number in range(8)]
+
+
+def test_questions_have_one_right_definition() -> None:
+    questions = questions_of(DOCUMENTS)
+    assert len(questions) == len(DOCUMENTS)
+    for question in questions:
+        term = question["question"].split('"')[1]
+        choices = question["choices"]
+        assert choices[question["answer"]] == term.replace("Term", "Meaning") + "."
+        assert len(set(choices)) == 4
+    assert len({question["answer"] for question in questions}) > 1
+
+
+def test_lm_eval_loads_the_task(tmp_path) -> None:
+    documents = tmp_path / "terms.jsonl"
+    documents.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS)
+    )
+    write_task(tmp_path, "terms", documents)
+    check_tasks([str(tmp_path / "terms.yaml")])

