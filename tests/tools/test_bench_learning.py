@@ -126,10 +126,16 @@ def ran(monkeypatch):
             + 1e4 * abs(settings["learning_rate"] - 1e-2),
             "old": 200.0,
         }
-        summary = {"trainable_params": 7, "perplexity_after": perplexities}
+        summary = {
+            "trainable_params": 7,
+            "perplexity_after": perplexities,
+            "peak_memory_bytes": 3 * 2**29,
+        }
         (folder / "summary.json").write_text(json.dumps(summary))
         rows = [
-            {"step": 10, "loss": 5.0},
+            {"step": 10, "loss": 5.0, "step_time_s": 9.0},
+            {"step": 15, "loss": 5.0, "step_time_s": 2.0},
+            {"step": 20, "loss": 5.0, "step_time_s": 2.5},
             {"step": 20, "eval_perplexity": perplexities},
         ]
         if "eval_tasks" in settings:
@@ -170,7 +176,16 @@ def test_a_finished_run_is_not_repeated(user, tmp_path, ran):
     (point,) = report["runs"][0]["curve"]
     assert point == {"step": 20, "new": pytest.approx(171.0), "old": 200.0}
     row = report["tables"]["learning"][1]
-    assert row == ["lora", "7", "0.01", "2", "101.5 ± 0.5", "200.0 ± 0.0"]
+    assert row == [
+        "lora",
+        "7",
+        "0.01",
+        "2",
+        "101.5 ± 0.5",
+        "200.0 ± 0.0",
+        "2.50",
+        "1.50",
+    ]
     again()
     assert len(ran) == 6
     again("--rank 4")
@@ -226,7 +241,7 @@ def test_ranks_and_scores_of_tasks_are_in_one_table(user, tmp_path, ran):
     report = read_json(tmp_path / "all.json")
     scores = [run["scores"]["quiz"] for run in report["runs"]]
     assert scores[:2] == pytest.approx([0.2, 0.3])
-    rows = [(row[0], row[1], row[-1]) for row in report["tables"]["learning"]]
+    rows = [(row[0], row[1], row[-3]) for row in report["tables"]["learning"]]
     assert rows == [
         ("rank", "method", "quiz"),
         ("-", "full", "25.0%"),

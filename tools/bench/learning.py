@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 # A bare checkout, not installed
@@ -62,6 +62,10 @@ from tools.tables import mean_and_spread
 
 NEW = "new"
 OLD = "old"
+SECONDS = "s a step"
+MEMORY = "GiB"
+COSTS = (SECONDS, MEMORY)
+"""What a run costs: seconds of a step on one core, and the peak of memory."""
 AS_GOOD = 1.01
 """Learning rates within this factor of the best perplexity on the new text are equal."""
 EVALUATIONS = 4
@@ -407,8 +411,20 @@ def _run(trial: Trial) -> None:
             "loss": [[row["step"], row["loss"]] for row in rows if "loss" in row],
             "marks": trial.marks,
             "scores": _scores(rows),
+            "cost": _cost(summary, rows),
         }
     )
+
+
+def _cost(
+    summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Of a run's steps: empty if it has none. The median of the seconds, as other
+    programs may have run beside some steps."""
+    seconds = [row["step_time_s"] for row in rows if "step_time_s" in row]
+    if not seconds:
+        return {}
+    return {SECONDS: median(seconds), MEMORY: summary["peak_memory_bytes"] / 2**30}
 
 
 def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -475,7 +491,7 @@ def _table(
         )
     )
     titles = ["rank", "method", "trained", "learning rate", "seeds", NEW, OLD, "gap"]
-    lines = [[*titles, *tasks]]
+    lines = [[*titles, *tasks, *COSTS]]
     for row in shown:
         swept = [candidate.rate for candidate in rows if candidate.kind == row.kind]
         peers = [peer for peer in shown if peer.rank in (0, row.rank) or not row.rank]
@@ -490,6 +506,7 @@ def _table(
                 mean_and_spread(row.perplexities(OLD)),
                 gap_cell(row, {peer.method: peer for peer in peers}),
                 *(_score(row, task) for task in tasks),
+                *(_cost_cell(row, cost) for cost in COSTS),
             ]
         )
     columns = [
@@ -509,6 +526,12 @@ def _of_tasks(run: Mapping[str, Any]) -> dict[str, float]:
 def _score(row: Row, task: str) -> str:
     scores = [_of_tasks(run)[task] for run in row.runs if task in _of_tasks(run)]
     return f"{fmean(scores):.1%}" if scores else "-"
+
+
+def _cost_cell(row: Row, cost: str) -> str:
+    """The mean of the seeds. Runs before costs were kept have none."""
+    costs = [run["cost"][cost] for run in row.runs if run.get("cost")]
+    return f"{fmean(costs):.2f}" if costs else "-"
 
 
 def rate_cell(row: Row, swept: Sequence[float]) -> str:
