@@ -34,16 +34,16 @@ def test_document_has_definition_comment_synonyms_and_parents() -> None:
     assert list(ontology_documents(OBO)) == [("HP:1", text)]
 
 
-DOCUMENTS = [f"Term {number}\nMeaning {number}.\n" for number in range(8)]
+DOCUMENTS = [f"Name {number}\nMeaning {number}.\n" for number in range(8)]
 
 
 def test_questions_have_one_right_definition() -> None:
     questions = questions_of(DOCUMENTS)
     assert len(questions) == len(DOCUMENTS)
     for question in questions:
-        term = question["question"].split('"')[1]
+        name = question["question"].split('"')[1]
         choices = question["choices"]
-        assert choices[question["answer"]] == term.replace("Term", "Meaning") + "."
+        assert choices[question["answer"]] == name.replace("Name", "Meaning") + "."
         assert len(set(choices)) == 4
     assert len({question["answer"] for question in questions}) > 1
 

@@ -420,7 +420,7 @@ def _cost(
     summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, float]:
     """Of a run's steps: empty if it has none. The median of the seconds, as other
-    programs may have run beside some steps."""
+    programs may have slowed some steps."""
     seconds = [row["step_time_s"] for row in rows if "step_time_s" in row]
     if not seconds:
         return {}

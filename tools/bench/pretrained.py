@@ -120,7 +120,7 @@ def _write_texts(path: Path, documents: Iterable[tuple[str, str]]) -> None:
 
 
 def write_task(folder: Path, name: str, documents: Path) -> None:
-    """Write a task about terms of `documents`, and its questions beside it."""
+    """Write a task about terms of `documents`, and its questions next to it."""
     lines = documents.read_text(encoding="utf-8").splitlines()
     asked = questions_of([json.loads(line)["text"] for line in lines])
     path = folder.absolute() / f"{name}_questions.jsonl"
