@@ -69,6 +69,7 @@ def compare_logits(
         dtype=dtype,
         output_loading_info=True,
         trust_remote_code=trust_remote_code,
+        use_kernels=False,
     )
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:

@@ -57,11 +57,12 @@ _SAVING = ".mora-saving"
 
 
 def load_model(folder: str | Path, **kwargs: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained(folder, **kwargs)` with unsharded weights.
-    transformers would shard a model that is loaded after
-    `TrainingArguments(deepspeed=...)`."""
+    """`AutoModelForCausalLM.from_pretrained(folder, **kwargs)` with unsharded weights,
+    and without kernels of the Hub unless `use_kernels` asks for them. transformers
+    would shard a model that is loaded after `TrainingArguments(deepspeed=...)`."""
+    options = {"use_kernels": False, **kwargs}
     with unsharded_loading():
-        return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 class MoRATrainer(_Base):

@@ -399,6 +399,9 @@ def load_model(
             output_loading_info=True,
             # Reported below, with their names
             ignore_mismatched_sizes=True,
+            # From 5.25 on transformers replaces layers by code that the Hub has today
+            # (modeling_utils.py, `set_use_kernels`): a run would not repeat its bits
+            use_kernels=False,
         )
     except Exception as error:
         # transformers and safetensors raise any error for an invalid folder

@@ -7,9 +7,10 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mora_ds.common.files import write_json_atomic
+from mora_ds.hf.trainer import load_model as load_of_trainer
 from mora_ds.models import load
 from mora_ds.models.base import write_own_base
 from tests.helpers.errors import user_error
@@ -95,6 +96,17 @@ def test_attention_that_a_family_does_not_have_is_named_where_no_weights_are_rea
         r"--model_config own\.json: no model .*Gemma2ForCausalLM does not support"
     ):
         load.make_model(config, "--model_config own.json")
+
+
+def test_no_layer_is_replaced_by_code_of_the_hub(user, monkeypatch):
+    monkeypatch.delenv("USE_HUB_KERNELS")
+    asked = []
+    monkeypatch.setattr(
+        PreTrainedModel, "set_use_kernels", lambda _, use, *more: asked.append(use)
+    )
+    load.load_model(user.model, torch.float32)
+    load_of_trainer(user.model)
+    assert asked == [False, False]
 
 
 def test_a_mistyped_path_is_no_name_of_the_hub():

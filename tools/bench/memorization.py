@@ -400,7 +400,9 @@ def small_base(work: Path) -> Path:
     warm = warm_base(work / "base").warm
     print("training on pairs that are not measured", flush=True)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(warm, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        warm, dtype=torch.float32, use_kernels=False
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     pairs = PairTokens.of(warm).pairs(16 * DIGIT_STEPS, "never again")
     for ids in pairs.split(16):
@@ -425,7 +427,9 @@ def _train(trial: Trial, base: Path, options: argparse.Namespace) -> dict[str, A
     rows = tokens.pairs(options.pairs, trial.seed)
     text = options.text and rows_of_text(base, options.text)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, use_kernels=False
+    )
     head = DigitHead(model.get_output_embeddings(), tokens.digits)
     model.set_output_embeddings(head)
     config = zero3_config(

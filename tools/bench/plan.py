@@ -147,7 +147,9 @@ def _be_a_rank(folder: Path) -> None:
 
 
 def _train(folder: Path, vocabulary: int, steps: int) -> dict[str, int]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_kernels=False
+    )
     inject(model, ADAPTER)
     chunk_loss(model)
     engine, *_ = initialize(model=model, config=SETTINGS)

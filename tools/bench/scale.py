@@ -489,7 +489,9 @@ def _start_and_merge(
     # The others give what this rank gives
     one.relabel = lambda value, rank: value
     base = BaseCheckpoint.open(base_folder)
-    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        base_folder, dtype=torch.bfloat16, use_kernels=False
+    )
     spent_in: dict[str, Spent] = {}
     with one.phase() as spent_in["start"]:
         ranks = Ranks.current()
