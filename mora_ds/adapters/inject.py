@@ -141,6 +141,7 @@ def inject(
             "inject: `model` is itself a linear layer: give the module that it is a part of"
         )
     _refuse_shared(model, targets)
+    _reset_kernels(model)
     trained = _trained_parameters(model, config)
     if both := [
         name for name, module in targets.items() if id(module.weight) in trained
@@ -320,6 +321,13 @@ def put_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if id(old) in new:
             parent, _, child = name.rpartition(".")
             model.get_submodule(parent)._buffers[child] = new[id(old)]
+
+
+def _reset_kernels(model: Any) -> None:
+    """Kernels of the Hub compute modules from their weights, without the adapters
+    (transformers' modeling_utils.py, `set_use_kernels`; the default from 5.25 on)."""
+    if getattr(model, "use_kernels", False):
+        model.set_use_kernels(False)
 
 
 def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module]) -> None:

@@ -144,6 +144,17 @@ def test_a_layer_without_a_pair_to_rotate_is_refused(d_in, message):
 # -- freezing --------------------------------------------------------------------------
 
 
+def test_kernels_of_the_hub_do_not_pass_adapters_by(monkeypatch):
+    model = tiny_model()
+    model._use_kernels = True
+    asked = []
+    monkeypatch.setattr(
+        type(model), "set_use_kernels", lambda _, use, *more: asked.append(use)
+    )
+    inject(model, MoRAConfig(rank=2))
+    assert asked == [False]
+
+
 def test_everything_frozen_is_a_buffer_that_no_state_dict_holds():
     model = tiny_model("qwen2")  # biases and a tied head
     parameters = dict(model.named_parameters(remove_duplicate=False))
