@@ -95,6 +95,9 @@ def test_a_source_that_is_used_up_leaves_its_share_to_the_others():
     assert sorted(order(ending, 7).tolist()) == [0, 0, 0, 1, 1, 1, 1]
     with pytest.raises(IndexError):
         ending.locate(7)
+    # With the last sample of a phase
+    phases = [(0, (1, 0)), (3, (0, 1))]
+    assert SampleSchedule(phases, [3, 4]).limit == 7
 
 
 def test_a_place_far_out_is_found_without_a_walk():

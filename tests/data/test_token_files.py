@@ -18,6 +18,7 @@ from mora_ds.data import (
     build_cache,
     load_corpus,
     load_tokenizer,
+    token_files,
 )
 from tests.helpers.damage import HARMS
 from tests.helpers.errors import user_error
@@ -81,8 +82,12 @@ def assert_same(one, another):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batches_are_those_of_the_documents_as_text(write, build, of_text, kind):
-    """In a mixture with a share, over three epochs: also across borders of files."""
+def test_batches_are_those_of_the_documents_as_text(
+    write, build, of_text, kind, monkeypatch
+):
+    """In a mixture with a share, over three epochs: also across borders of files, and of
+    what is checked at once."""
+    monkeypatch.setattr(token_files, "CHUNK", 50)
 
     def mixture(cache):
         sources = {
@@ -155,10 +160,21 @@ def test_a_sequence_of_megatron_is_no_document(tokenizer, texts, tmp_path, build
     assert build(path).ends.tolist() == expected.tolist()
 
 
+def test_a_file_begins_with_its_own_first_token(tmp_path, build):
+    """Which is that of every file where documents have a start token."""
+    for name, document in (("a", [5, 6, 2]), ("b", [7, 2]), ("c", [8, 9, 2])):
+        write_tokens(tmp_path, "npy", [document], name)
+    built = build(tmp_path / "*.npy", document_start="none")
+    assert built.tokens[:].tolist() == [5, 6, 2, 7, 2, 8, 9, 2]
+
+
 def test_another_index_is_another_cache(tmp_path, build):
+    """Also of the same tokens in the same file."""
     path = write_tokens(tmp_path, "ds", [[1, 5, 2, 1, 7, 2]])
+    times = path.stat()
     assert build(path).n_documents == 1
     write_tokens(tmp_path, "ds", [[1, 5, 2], [1, 7, 2]])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert build(path).n_documents == 2
 
 
