@@ -1,11 +1,13 @@
 """Values that come from files, at the edges of what is allowed."""
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -21,6 +23,7 @@ from mora_ds.common.untrusted import (
     RelativePath,
     Side,
     entry,
+    lines_of,
     plain_json,
     read_text,
     require_plain,
@@ -134,7 +137,7 @@ mapping | {a: 2024-01-02} | date is not JSON
 files | {a/b: 1} | a/b.* name of a file
 Entry | [] | a mapping
 Entry | {} | number is missing
-Entry | {number: 1, nam: a} | file: nam is unknown
+Entry | {nam: 1} | file: nam is unknown
 Entry | {number: 13} | file: 13 is no number
 Entry | {number: 1, made: 2} | file: made is unknown
 Color | rad | should be 'red', got 'rad'
@@ -171,6 +174,13 @@ def test_a_file_has_a_maximal_size(tmp_path):
     path.write_bytes(b"\xff")
     with user_error(r"a\.json is damaged"):
         read_text(path)
+
+
+def test_a_line_of_any_length_or_bytes_is_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(untrusted, "MAX_BYTES", 4)
+    path = tmp_path / "rows"
+    path.write_bytes(b"ab\r\n\xff\nabcdef\n")
+    assert list(lines_of(path)) == ["ab", "\ufffd", "abcd", "ef"]
 
 
 def nested(depth):
@@ -210,6 +220,13 @@ def test_a_link_in_a_folder_is_named(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "a").symlink_to("inner")
     with user_error(r"a is a link to inner, and links are not followed: make a copy"):
+        require_plain(tmp_path)
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path, monkeypatch):
+    error = PermissionError(13, "Permission denied", str(tmp_path))
+    monkeypatch.setattr(os, "scandir", mock.Mock(side_effect=error))
+    with user_error(f"{tmp_path} cannot be read: Permission denied"):
         require_plain(tmp_path)
 
 

@@ -142,7 +142,7 @@ stray | 'stray'
 --base_device disk | --base_device 'disk' | host
 --base_device host --tensor_parallel_size 2 | --tensor_parallel_size 2 | --base_device host
 --embedding_learning_rate 0 --train_norms true | --embedding_learning_rate must be above
---merge_every 2 --restart_warmup_steps 5 | --merge_every 2 must be more than --restart_warmup_steps 5
+--merge_every 5 --restart_warmup_steps 5 | --merge_every 5 must be more than --restart_warmup_steps 5
 --streaming --max_steps -1 | --streaming: the length of a stream is unknown | --max_steps
 --streaming --held_out_share 0.1 | --held_out_share reads the complete text
 --streaming --shuffle_buffer -1 | --shuffle_buffer must be at least 0
@@ -191,7 +191,7 @@ stray | 'stray'
 --output_dir memory://run | --output_dir memory://run: give a bucket
 --resume_from_checkpoint nowhere://bucket/run | --resume_from_checkpoint nowhere://bucket/run: | nowhere
 --train_files file:///nowhere/*.txt | --train_files: no file matches 'file:///nowhere/*.txt'
---train_files s3://key:secret@bucket/x.txt | --train_files: | leave credentials out of the URL
+--train_files s3://key:4secret@bucket/x.txt | --train_files: | leave credentials out of the URL
 --train_files https://host/x?X-Signature=secret | --train_files: | leave credentials out of the URL
 -train_files --dataset_name s3://bucket/corpus | --dataset_name s3://bucket/corpus: URLs are not supported
 --model_name_or_path file:///nowhere/model | --model_name_or_path file:///nowhere/model: there is no such folder
