@@ -221,8 +221,9 @@ def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "old").write_text("old")
-    (tmp_path / ".model.partial").mkdir()  # of a killed process
-    (tmp_path / ".model.partial/stale").write_text("")
+    for leftover in (".model.partial", ".model.old"):  # of killed processes
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / "stale").write_text("")
     for failure in (ValueError, KeyboardInterrupt):
         with pytest.raises(failure), files.atomic_folder(folder) as partial:
             (partial / "new").write_text("")

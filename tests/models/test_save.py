@@ -1,6 +1,7 @@
 """Written models: which tensor is in which file, the base's other files, and every
 dtype."""
 
+import errno
 import json
 import os
 import struct
@@ -218,6 +219,9 @@ def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path):
     assert read["small"].tolist() == [1, 2, 3]
     with pytest.raises(ValueError, match="not written: large, small"):
         SafetensorsWriter(tmp_path / "v", layout, {}).__exit__(None, None, None)
+    full = pytest.raises(OSError, match="No space left")
+    with full, SafetensorsWriter(tmp_path / "w", layout, {}):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_what_is_no_file_of_tensors_is_named(tmp_path):
