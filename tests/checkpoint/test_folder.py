@@ -11,6 +11,7 @@ import pytest
 from mora_ds.checkpoint.layout import step_of
 from mora_ds.checkpoint.manager import (
     complete_checkpoints,
+    name_checkpoints,
     resume_checkpoint,
 )
 from mora_ds.checkpoint.storage import LocalStorage
@@ -91,6 +92,15 @@ def test_a_copy_can_be_resumed_from_and_verified(root):
         "not the name of a checkpoint" in problem
         for problem in verify(copy)[0].problems
     )
+
+
+def test_a_resume_makes_the_links_that_a_killed_run_has_not_made(root):
+    storage = LocalStorage(root)
+    (root / "latest").unlink()
+    for checkpoint, best in (("step-000004", 2), ("step-000006", 9)):
+        name_checkpoints(storage, checkpoint, best)
+        assert storage.linked("latest") == "step-000004"
+        assert storage.linked("best") == "step-000002"
 
 
 def busy(*_, **options):

@@ -111,6 +111,14 @@ def test_what_was_never_committed_is_deleted_and_nothing_else(storage, store, tm
     assert set(tree(store)) == {"notes/file"}
 
 
+def test_the_manifest_of_a_deleted_checkpoint_goes_first(storage, monkeypatch):
+    """So that a killed deletion leaves no checkpoint."""
+    deleted = []
+    monkeypatch.setattr(ObjectStore, "delete", lambda own, name: deleted.append(name))
+    storage.delete("step-000002")
+    assert deleted == ["step-000002/manifest.json", "step-000002"]
+
+
 def test_a_link_names_a_checkpoint_that_is_there(storage, store, tmp_path):
     assert storage.linked("latest") is None
     storage.link("latest", "step-000002")

@@ -288,6 +288,9 @@ def test_overwrite_needs_the_flag_and_never_deletes_inputs(tmp_path, merged):
             export_merged(run.checkpoint, path, overwrite=True)
     with user_error("something other than a model"):
         export_merged(run.checkpoint, tmp_path / "photos", overwrite=True)
+    (tmp_path / "link").symlink_to("merged")
+    with user_error("link exists and is not a folder"):
+        export_merged(run.checkpoint, tmp_path / "link", overwrite=True)
 
 
 # -- the program -----------------------------------------------------------------------

@@ -102,17 +102,21 @@ def test_tied_embeddings_stay_tied():
         get_peft_model(tiny_model(tie_word_embeddings=True), config)
 
 
-def with_two_adapters(**other):
+def with_two_adapters(first=None, **other):
     config = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
-    model = get_peft_model(tiny_model(), MoraConfig(**config), adapter_name="a")
+    config_a = MoraConfig(**config, **(first or {}))
+    model = get_peft_model(tiny_model(), config_a, adapter_name="a")
     model.add_adapter("b", MoraConfig(**{**config, **other}))
     for seed, adapter in enumerate("ab"):
         fill(model, adapter, seed)
     return model
 
 
-def test_a_weighted_adapter_is_the_sum_of_deltas(tmp_path):
-    model = with_two_adapters(target_modules=["q_proj", "up_proj"])
+@pytest.mark.parametrize(
+    "first", [{"mora_dropout": 0.5}, {"exclude_modules": ["q_proj"]}]
+)
+def test_a_weighted_adapter_is_the_sum_of_deltas(tmp_path, first):
+    model = with_two_adapters(first, target_modules=["q_proj", "up_proj"])
     model.add_weighted_adapter(["a", "b"], [0.5, -2.0], "sum")
     for layer in layers(model).values():
         expected = sum(

@@ -233,6 +233,17 @@ def test_a_mora_matrix_that_is_not_finite_is_not_merged(folder, bad):
     assert Ledger.open(folder).cycles == 3
 
 
+def test_a_cycle_whose_line_is_not_written_is_none(folder, monkeypatch):
+    ledger = Ledger.open(folder)
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    with monkeypatch.context() as patched, run_error("is full"):
+        patched.setattr(ledger_room, "write_compact_json", full)
+        append(ledger)
+    assert ledger.cycles == 3
+    append(ledger)
+    assert Ledger.open(folder).cycles == 4
+
+
 # -- kills -----------------------------------------------------------------------------
 
 

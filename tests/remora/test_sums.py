@@ -201,28 +201,31 @@ def test_processes_of_a_node_keep_the_sums_of_the_layers_that_they_form(tmp_path
     assert names == [f"{head}-rank-0000{rank}.safetensors" for rank in range(2)]
 
 
-def record_with_a_late_rank(folder):
-    """Whether the last rank had come, once this one has recorded a merge."""
+def with_a_late_rank(folder, method, *arguments):
+    """Whether the last rank had come, once this one has called a method."""
     come = folder / "come"
     ledger = SimpleNamespace(
         folder=folder,
+        head="",
         append=lambda *_: None,
         records=[SimpleNamespace(sha256="0" * 64, size=0)],
         follow=lambda *_: None,
     )
     engine = SimpleNamespace(device="cpu", module=torch.nn.Module())
     remora = ReMoRA(engine, CONFIG, ledger, None, {})
+    remora._rebuild_weights = lambda *_, **__: {}
     dist.barrier()
     if dist.get_rank() == dist.get_world_size() - 1:
         time.sleep(0.5)
         come.touch()
-    remora._record(1, {}, {})
+    getattr(remora, method)(*arguments)
     return come.exists()
 
 
-def test_rank_0_deletes_no_sum_that_another_rank_still_reads(tmp_path):
+@pytest.mark.parametrize("call", [("_record", 1, {}, {}), ("rebuild_base",)])
+def test_rank_0_deletes_no_sum_that_another_rank_still_reads(tmp_path, call):
     """On another node it would lose a file that it has mapped."""
-    assert run_pooled(4, record_with_a_late_rank, tmp_path) == [True] * 4
+    assert run_pooled(4, with_a_late_rank, tmp_path, *call) == [True] * 4
 
 
 def test_bases_of_8_bits_are_quantized_from_the_sum(tmp_path):

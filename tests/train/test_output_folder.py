@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 
+from mora_ds.common.errors import UserError
 from mora_ds.train import output_folder
 from mora_ds.train.output_folder import (
     NAMES,
@@ -42,10 +43,30 @@ def test_other_files_do_not_matter_and_stay(tmp_path):
         abandon(tmp_path)
 
 
-def test_a_new_folder_goes_again_with_the_folders_above_it(tmp_path):
+def test_a_new_folder_goes_again_with_the_folders_above_it(tmp_path, monkeypatch):
     with untouched(tmp_path):
         reserve(tmp_path / "a/b").prepare(False, True)
         abandon(tmp_path / "a/b")
+    locked = mock.Mock(side_effect=UserError("locked"))
+    monkeypatch.setattr(output_folder, "_lock", locked)
+    with untouched(tmp_path), user_error("locked"):
+        reserve(tmp_path / "a/b")
+
+
+def test_a_lock_file_that_another_run_deletes_meanwhile_is_made_again(
+    tmp_path, monkeypatch
+):
+    try_lock = output_folder._try_lock
+
+    def deleted(*arguments):
+        monkeypatch.setattr(output_folder, "_try_lock", try_lock)
+        (tmp_path / ".lock").unlink()
+        return try_lock(*arguments)
+
+    monkeypatch.setattr(output_folder, "_try_lock", deleted)
+    reserve(tmp_path)
+    assert (tmp_path / ".lock").exists()
+    abandon(tmp_path)
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
