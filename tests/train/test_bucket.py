@@ -18,7 +18,7 @@ from mora_ds.checkpoint import manager
 from mora_ds.checkpoint.manager import complete_checkpoints
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common import object_store
-from mora_ds.common.errors import NonFatalFailure, UserError
+from mora_ds.common.errors import NonFatalFailure, RunError, UserError
 from mora_ds.common.fetched import local, with_urls
 from mora_ds.common.files import config_path, read_json
 from mora_ds.data import load_tokenizer
@@ -118,6 +118,7 @@ def test_what_no_run_has_made_is_refused_and_stays(tmp_path, name):
     with pytest.raises(UserError, match=f"holds {name}, and no run that has made it"):
         reserve(remote.folder)
     remote.close()
+    assert not remote.folder.exists()
     assert tree(tmp_path / "store") == before
 
 
@@ -340,14 +341,19 @@ def test_run_yaml_stays_until_there_is_another_one(overwriting, monkeypatch):
     assert set(tree(store)) == {"run.yaml", ".lock"}
 
 
-def test_a_merged_model_takes_the_place_of_the_one_before(overwriting):
+RANK_0 = SimpleNamespace(run_on_rank0=lambda what, work, long: work())
+
+
+def test_an_upload_has_logs_and_a_merged_model_in_place_of_the_one_before(overwriting):
     remote, store = overwriting
-    for path in (store / "merged/old", remote.folder / "merged/new"):
+    logs = {"metrics.jsonl", "summary.json", "profile/rank-0"}
+    made = {*logs, "tensorboard/events", "merged/new", "checkpoints/file"}
+    for path in (store / "merged/old", *(remote.folder / name for name in made)):
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    ranks = SimpleNamespace(run_on_rank0=lambda what, work, long: work())
-    remote.upload(ranks, [], has_merged=True)
-    assert set(tree(store / "merged")) == {"new"}
+    remote.upload(RANK_0, [], has_merged=True)
+    assert set(tree(store)) == {*logs, "merged/new", "run.yaml", ".lock"}
+    assert (store / "tensorboard/events").exists()
 
 
 def test_a_run_that_has_lost_its_url_leaves_it_alone(tmp_path, monkeypatch):
@@ -362,6 +368,8 @@ def test_a_run_that_has_lost_its_url_leaves_it_alone(tmp_path, monkeypatch):
         if thread.name == "lease":
             thread.join(60)
     (remote.folder / "metrics.jsonl").touch()
+    with pytest.raises(RunError, match="another one writes there now"):
+        remote.upload(RANK_0, [])
     remote.close()
     assert set(tree(tmp_path / "store")) == {".lock"}
     # Later runs of this process write elsewhere
