@@ -62,10 +62,11 @@ def interrupted_and_not(root):
         ):
             without.train(resume_from_checkpoint=f"{root}/out/checkpoint-{step}")
     without_merges = hf.trainer_in(
-        Path(root), "out", merges=0, max_steps=7, save_strategy="no"
+        Path(root), "out", 1, 0, max_steps=7, save_strategy="no", learning_rate=0.5
     )
     without_merges.train(resume_from_checkpoint=f"{root}/out/checkpoint-4")
     return {
+        "rates": [row["learning_rate"] for row in _later_rows(without_merges)],
         "without_merges": without_merges.run.state.merges,
         "evaluated": before,
         "seed": reference.run.identity["seed"],
@@ -94,6 +95,8 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
         assert rank["without_merges"] == [3], (
             "MoRACallback(0) ends the merges, that of step 6"
         )
+        # After each of the last three steps, by the new arguments
+        assert rank["rates"] == pytest.approx([1 / 7, 0.5 / 7, 0])
         assert rank["evaluated"] == pytest.approx(4.85, abs=0.1)
         assert rank["seed"] == 3
         assert_same_tensors(rank["resumed"], rank["expected"])
