@@ -3,12 +3,16 @@ its start.
 """
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mora_ds.common.files import replace_symlink
+from mora_ds.checkpoint.state import TrainerState
+from mora_ds.common.files import replace_symlink, write_json_atomic, write_manifest
+from mora_ds.train import pretrain
+from tests.helpers.damage import checkpoint_at
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import finished_run, losses, rows, run, validation_errors_of
 from tests.helpers.mixtures import mixture_flags, write_mixture
@@ -126,6 +130,17 @@ def test_checkpoints_without_a_branch_are_refused(user, parent, tmp_path):
     out = shutil.copytree(parent, tmp_path / "copied", symlinks=True)
     message = message_of(stable, "--output_dir", out, "--resume_from_checkpoint auto")
     assert "step of --decay_from: None there, 4 here" in message
+
+
+def test_a_branch_begins_without_its_parents_end_best_step_and_failures(tmp_path):
+    checkpoint = checkpoint_at(tmp_path, START)
+    state = TrainerState(START, at_peak=True, identity={"seed": 1})
+    end = {"finished": True, "best_step": 2, "best_score": 0.5, "failures": ["a task"]}
+    write_json_atomic(checkpoint / "trainer_state.json", vars(replace(state, **end)))
+    write_manifest(checkpoint)
+    branched = replace(state, identity={"seed": 1, "decay_from": START})
+    found = pretrain._branch(str(checkpoint), {"decay_from": START}, tmp_path / "own")
+    assert found == (checkpoint, branched)
 
 
 def test_a_parent_is_at_the_peak_by_a_schedule_of_its_own(user, tmp_path, out):
