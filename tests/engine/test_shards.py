@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mora_ds.checkpoint import shard_table
 from mora_ds.checkpoint.shard_table import INDEX_FILE, EngineShards, RankShard
 from mora_ds.engine import shards as shard_module
 from mora_ds.engine.shards import MASTER, Extent, Layout
 from mora_ds.engine.zero import Flat, Span
-from tests.helpers.errors import user_error
+from tests.helpers.errors import run_error, user_error
 
 SHAPES = {"a": [3, 4], "b": [5], "c": [2, 2]}
 LAYOUTS = [
@@ -223,6 +224,14 @@ def test_the_table_of_thousands_of_ranks_is_small():
     shards = shards_of(None, common, ranks)
     assert shards.runs.tolist() == [[0, 0, 16, 0, 0, 0, 1, 4096]]
     assert len(RankShard.of(common, 4095, "", ranks[-1]).origins) < 100
+
+
+def test_what_a_rank_sends_is_not_unpacked_beyond_its_limit(monkeypatch):
+    monkeypatch.setattr(shard_table, "MAX_ORIGINS", 64)
+    one, two = LAYOUTS[0][1], LAYOUTS[0][0]
+    RankShard.of(layout(), 0, "file", [one]).run(1)
+    with run_error("file is said to have more than 1 extents"):
+        RankShard.of(layout(), 0, "file", [two]).run(1)
 
 
 def test_a_run_passes_over_the_ranks_of_other_slices():
