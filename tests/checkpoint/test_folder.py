@@ -16,6 +16,7 @@ from mora_ds.checkpoint.manager import (
 )
 from mora_ds.checkpoint.storage import LocalStorage
 from mora_ds.checkpoint.verify import verify
+from mora_ds.common import files
 from mora_ds.common.files import replace_symlink
 from tests.helpers.damage import checkpoint_at, manager_of
 
@@ -101,6 +102,15 @@ def test_a_resume_makes_the_links_that_a_killed_run_has_not_made(root):
         name_checkpoints(storage, checkpoint, best)
         assert storage.linked("latest") == "step-000004"
         assert storage.linked("best") == "step-000002"
+
+
+def test_a_file_that_a_shared_disk_shows_late_or_short_is_waited_for(root, monkeypatch):
+    waited = []
+    monkeypatch.setattr(files, "await_file", lambda *facts: waited.append(facts))
+    for name, size in (("file", 1), ("file", 2), ("gone", 3)):
+        manager_of(root)._require_written("step-000002", {name: {"size": size}})
+    folder = root / "step-000002"
+    assert waited == [(folder / "file", 2), (folder / "gone", 3)]
 
 
 def busy(*_, **options):
