@@ -54,11 +54,18 @@ def test_what_fails_is_tried_again(store, monkeypatch):
     assert store.read("a/b") == b"content"
 
 
-@pytest.mark.parametrize("error, tried", [(TimeoutError, 3), (PermissionError, 1)])
-def test_what_fails_for_good_is_an_error(store, monkeypatch, error, tried):
-    left = failing(store, monkeypatch, 9, error("no way"))
-    with pytest.raises(StoreError, match=r"file://.*/store: pipe_file failed: no way"):
+@pytest.mark.parametrize(
+    "error, tried", [(TimeoutError, 3), (PermissionError, 1), (FileNotFoundError, 1)]
+)
+def test_what_fails_for_good_is_an_error_without_secrets(
+    store, monkeypatch, error, tried
+):
+    words = "no way to s3://key:secret@host/x?signature=secret"
+    left = failing(store, monkeypatch, 9, error(words))
+    with pytest.raises(StoreError, match=r"^file://.*/store: ") as caught:
         store.write("a", b"")
+    what = "" if error is FileNotFoundError else "pipe_file failed: "
+    assert f"store: {what}no way to s3://...@host/x?..." in str(caught.value)
     assert len(left) == 9 - tried
 
 
