@@ -244,6 +244,15 @@ def test_a_cycle_whose_line_is_not_written_is_none(folder, monkeypatch):
     assert Ledger.open(folder).cycles == 4
 
 
+def test_a_cycle_that_another_process_has_appended_is_waited_for(folder, monkeypatch):
+    waited = []
+    monkeypatch.setattr(ledger_room, "await_file", lambda *facts: waited.append(facts))
+    ledger = Ledger.open(folder)
+    ledger.follow(400, "a" * 64, 7)
+    assert waited == [(folder / "cycle-00003.safetensors", 7)]
+    assert ledger.cycles == 4
+
+
 # -- kills -----------------------------------------------------------------------------
 
 
