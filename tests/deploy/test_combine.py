@@ -18,6 +18,7 @@ from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.combine import COMBINED, combine_adapters
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.rope import rope_changes
 from tests.helpers.adapters import Maker
 from tests.helpers.errors import run_error, user_error
 from tests.helpers.exports import fake_run, layers_of
@@ -256,12 +257,15 @@ def test_bases_layers_and_trained_tensors_must_be_the_same(
     norm = {"model.norm.weight": torch.ones(maker.weights["model.norm.weight"].shape)}
     maker.write(tmp_path / "norms", MoRAConfig(rank=3), trained=norm)
     maker.write(tmp_path / "law", MoRAConfig(rank=3), domains=("law", "code"))
+    longer = rope_changes(maker.model.config, {"rope_type": "linear", "factor": 2.0})
+    maker.write(tmp_path / "long", MoRAConfig(rank=3), config_changes=longer)
     another_base = Maker(tiny_model("llama", num_hidden_layers=1, seed=9), base_folder)
     another_base.write(tmp_path / "other", MoRAConfig(rank=3))
     for name, message in (
         ("fewer", "adapt different layers"),
         ("norms", "train different tensors"),
         ("law", "have different domains"),
+        ("long", "have bases with different rotary embeddings"),
         ("other", "have different bases"),
     ):
         with user_error(message):
