@@ -180,6 +180,8 @@ def test_a_sum_stands_alone(run, tmp_path, sum_folder):
         sum_folder / "tokenizer/tokenizer_config.json"
     ).read_text() == '{"from": "run"}'
     assert BaseReference.read(sum_folder).folder == str(base.resolve())
+    # The copy does not find its base
+    export_merged(source, tmp_path / "scaled", base, delta_scale=0.5)
     listed = files.listed_files(sum_folder)
     assert files.verify_manifest(sum_folder) == []
     assert {"adapter.json", "ledger/ledger.json"} <= set(listed)
