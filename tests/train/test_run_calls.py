@@ -19,7 +19,8 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.checkpoint.sections import scheduler_state
 from mora_ds.common.errors import UserError
 from mora_ds.models.base import write_own_base
-from mora_ds.train.run import Run
+from mora_ds.remora.ledger import Ledger
+from mora_ds.train.run import Run, _check_new
 from tests.helpers.engines import LEARNING_RATE, ds_config
 from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
@@ -210,6 +211,14 @@ def test_a_run_resumes_from_what_a_killed_save_has_hidden(tmp_path):
     saved.rename(saved.with_name(".step-000002.old.writing"))
     (resumed,) = run_pooled(1, scheduled, str(tmp_path), "out", 3, "auto", 4)
     assert resumed == reference[2:]
+
+
+def test_a_folder_with_a_ledger_alone_holds_a_run(tmp_path):
+    """One that was killed before its first checkpoint."""
+    _check_new(tmp_path)
+    Ledger.create(tmp_path / "ledger", "f" * 64)
+    with user_error(f"{tmp_path} holds another run"):
+        _check_new(tmp_path)
 
 
 def test_a_scheduler_that_json_would_change_is_refused():
