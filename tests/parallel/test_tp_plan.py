@@ -73,6 +73,15 @@ def test_a_block_with_a_weight_unknown_to_the_plan_is_not_split():
     assert "nothing for extra" in str(plan)
 
 
+def test_a_lone_rowwise_layer_is_not_split():
+    model = tiny_model("llama")
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj = mlp.up_proj = nn.Identity()
+    plan = tp_plan_of(model, 2)
+    assert "model.layers.1.mlp" not in plan.blocks
+    assert "no pair of colwise and rowwise here" in str(plan)
+
+
 def test_shares_are_contiguous_and_differ_by_one_at_most():
     for size in range(1, 20):
         for degree in range(1, 6):

@@ -167,7 +167,8 @@ def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank, monkeypatch
     with pytest.raises(ValueError):
         attend(fails=True, sliding_window=2)
     assert module.num_key_value_groups == 2
-    assert sequence.saw_window
+    attend()
+    assert sequence.saw_window, "in any layer"
     with user_error("does not pass its attention the position_ids"):
         attend(position_ids=None)
     with user_error("has a position bias"):
