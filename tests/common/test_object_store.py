@@ -10,7 +10,12 @@ import pytest
 
 from mora_ds.common import object_store
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.object_store import Lease, ObjectStore, StoreError
+from mora_ds.common.object_store import (
+    Lease,
+    ObjectStore,
+    StoreError,
+    object_facts,
+)
 
 
 @pytest.fixture
@@ -67,6 +72,12 @@ def test_what_fails_for_good_is_an_error_without_secrets(
     what = "" if error is FileNotFoundError else "pipe_file failed: "
     assert f"store: {what}no way to s3://...@host/x?..." in str(caught.value)
     assert len(left) == 9 - tried
+
+
+def test_a_version_is_the_same_with_and_without_quotes():
+    """Azure quotes it in one of two answers."""
+    for version in ('"0x8D"', "0x8D"):
+        assert object_facts({"size": 3, "etag": version}) == (3, "0x8D")
 
 
 def test_of_an_object_as_large_as_the_store_a_name_is_read(store, tmp_path):

@@ -172,6 +172,12 @@ def test_where_the_merged_model_is_written(tmp_path, settings, kind, how):
     assert tokenizers == [folder]
 
 
+def test_merges_come_after_whole_numbers_of_steps():
+    for number in (-1, 2.5, True):
+        with user_error("MoRACallback: `merge_every` must be a whole number from 0 on"):
+            MoRACallback(number)
+
+
 def test_the_callback_needs_the_mixin(tmp_path):
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
     plain = TrainingArguments(
