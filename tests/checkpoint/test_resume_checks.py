@@ -113,6 +113,7 @@ def test_a_difference_is_named_with_all_flags_that_may_make_it(
 def test_ranks_that_cannot_share_the_batch_are_named_numbers_that_can(tmp_path, rows):
     state = TrainerState(identity={"global_batch_size": rows})
     for world in range(1, 30):
+        check_world_size(tmp_path, TrainerState(), world)  # of a user's own loop
         if rows % world == 0:
             check_world_size(tmp_path, state, world)
             continue
