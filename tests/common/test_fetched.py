@@ -57,6 +57,13 @@ def test_all_checkpoints_of_a_run_come_with_links(url):
     assert one.name == "step-000001"
 
 
+def test_a_link_leads_to_a_folder_next_to_it_alone(url, tmp_path):
+    (tmp_path / "run/checkpoints/latest").write_text("step-000001/../../../private")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private/file").touch()
+    assert local(url).name == "run"
+
+
 def test_what_has_changed_is_fetched_anew_and_nothing_else(url, tmp_path, monkeypatch):
     first = local(url)
     gets = []

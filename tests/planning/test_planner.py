@@ -70,6 +70,15 @@ def test_a_node_has_one_base_and_the_offloaded_states_of_its_ranks():
     assert plan.host_memory == memory.base + memory.host_save
     offloaded = replace(plan, memory=replace(memory, host_optimizer=1000))
     assert offloaded.host_memory == plan.host_memory + 4 * 1000
+    few = replace(offloaded, cluster=Cluster(2, per_node=4))
+    assert few.host_memory == plan.host_memory + 2 * 1000
+
+
+def test_ranks_that_share_rows_read_fewer_tokens():
+    plan = tiny_planner(Cluster(8)).plan()
+    for group in ("tensor_parallel", "sequence_parallel"):
+        grouped = replace(plan, work=replace(plan.work, **{group: 4}))
+        assert plan.tokens == 4 * grouped.tokens > 0
 
 
 def test_a_planner_remembers_nothing_of_other_settings():
