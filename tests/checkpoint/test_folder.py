@@ -11,13 +11,14 @@ import pytest
 from mora_ds.checkpoint.layout import step_of
 from mora_ds.checkpoint.manager import (
     complete_checkpoints,
-    name_checkpoints,
     resume_checkpoint,
 )
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.storage import LocalStorage
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common import files
 from mora_ds.common.files import replace_symlink
+from mora_ds.train.pretrain import _begin_checkpoints
 from tests.helpers.damage import checkpoint_at, manager_of
 
 UNKNOWN_FOLDERS = (
@@ -99,7 +100,7 @@ def test_a_resume_makes_the_links_that_a_killed_run_has_not_made(root):
     storage = LocalStorage(root)
     (root / "latest").unlink()
     for checkpoint, best in (("step-000004", 2), ("step-000006", 9)):
-        name_checkpoints(storage, checkpoint, best)
+        _begin_checkpoints(root, root / checkpoint, TrainerState(best_step=best))
         assert storage.linked("latest") == "step-000004"
         assert storage.linked("best") == "step-000002"
 

@@ -18,6 +18,7 @@ from mora_ds.common.rope import rope_settings
 from mora_ds.deploy.peft_export import export_peft
 from mora_ds.models import rope
 from mora_ds.models.load import folder_config, load_model
+from mora_ds.train.data import _check_positions
 from tests.helpers.errors import user_error
 from tests.helpers.jobs import assert_close_losses, losses, run, validation_errors_of
 from tests.helpers.models import FAMILIES, tiny_model, tokens
@@ -159,6 +160,11 @@ def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(
     export_peft(out, tmp_path / "peft", rank=4)
     changes = BaseReference.read(out / "checkpoints/latest").config_changes
     assert json.dumps(changes) in (tmp_path / "peft/README.md").read_text()
+
+
+def test_rows_may_have_as_many_tokens_as_there_are_positions():
+    config = tiny_model("llama").config
+    _check_positions(config, config.max_position_embeddings)
 
 
 def test_rows_that_are_split_over_ranks_are_scaled_alike(user, tmp_path):
