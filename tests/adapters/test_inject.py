@@ -146,8 +146,8 @@ def test_a_layer_without_a_pair_to_rotate_is_refused(d_in, message):
 
 def test_kernels_of_the_hub_do_not_pass_adapters_by(monkeypatch):
     model = tiny_model()
-    model._use_kernels = True
     asked = []
+    monkeypatch.setattr(type(model), "use_kernels", True)
     monkeypatch.setattr(
         type(model), "set_use_kernels", lambda _, use, *more: asked.append(use)
     )

@@ -3,6 +3,7 @@ and removes only its own.
 """
 
 import errno
+import fcntl
 import os
 import time
 from unittest import mock
@@ -56,14 +57,14 @@ def test_a_new_folder_goes_again_with_the_folders_above_it(tmp_path, monkeypatch
 def test_a_lock_file_that_another_run_deletes_meanwhile_is_made_again(
     tmp_path, monkeypatch
 ):
-    try_lock = output_folder._try_lock
+    lockf = fcntl.lockf
 
     def deleted(*arguments):
-        monkeypatch.setattr(output_folder, "_try_lock", try_lock)
+        monkeypatch.setattr(fcntl, "lockf", lockf)
         (tmp_path / ".lock").unlink()
-        return try_lock(*arguments)
+        return lockf(*arguments)
 
-    monkeypatch.setattr(output_folder, "_try_lock", deleted)
+    monkeypatch.setattr(fcntl, "lockf", deleted)
     reserve(tmp_path)
     assert (tmp_path / ".lock").exists()
     abandon(tmp_path)
