@@ -15,6 +15,8 @@ from tools.runs import Row, best_rows, rows_of
 from tools.tables import cell, mean_and_spread, number_table, ruler, table_row
 
 PRETRAINED = "learning_135m_rivals.json"
+LONG = "learning_135m_long.json"
+"""The same in 1,500 steps, of some methods."""
 README_LEARNING = {
     "before training": "none",
     "LoRA, rank 8": "lora",
@@ -22,7 +24,7 @@ README_LEARNING = {
     "MoRA, rank 8": "mora",
     "the default recipe: MoRA and that product": "mora-product",
 }
-"""Row of the README's table -> its method in `PRETRAINED`."""
+"""Row of the README's table -> its method in `PRETRAINED` and `LONG`."""
 SIZES = ("2m", "13m", "135m")
 """Sizes of the bases whose gradients were measured."""
 ENERGY = {
@@ -160,13 +162,17 @@ def merges_by_cycle() -> list[str]:
 # -- learning --------------------------------------------------------------------------
 def learning() -> list[str]:
     """README's table: what each method learned and kept on the pretrained model."""
+    titles = ["", "trained", "new text", "old text", "seeds", "1,500 steps, one seed"]
     by_method = {row.method: row for row in best_rows(plans.DATA / PRETRAINED)}
+    long_runs = {row.method: row for row in best_rows(plans.DATA / LONG)}
     lines = []
     for title, method in README_LEARNING.items():
         row = by_method[method]
         texts = (mean_and_spread(row.perplexities(text)) for text in ("new", "old"))
-        lines.append([title, f"{row.trained:,}", *texts, str(len(row.runs))])
-    return number_table(["", "trained", "new text", "old text", "seeds"], lines)
+        after_long = long_runs.get(method)
+        last = "-" if after_long is None else _new_and_old(after_long)
+        lines.append([title, f"{row.trained:,}", *texts, str(len(row.runs)), last])
+    return number_table(titles, lines)
 
 
 def layerwise() -> list[str]:
