@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-# Of models that the tests load by themselves
+# transformers would look for kernels, for each model that the tests load by themselves
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 # gcsfs would ask over gRPC what kind a bucket is, which the emulator of the tests cannot tell
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")

@@ -16,7 +16,7 @@ from tools.tables import cell, mean_and_spread, number_table, ruler, table_row
 
 PRETRAINED = "learning_135m_rivals.json"
 LONG = "learning_135m_long.json"
-"""The same in 1,500 steps, of some methods."""
+"""Runs of 1,500 steps, with other old text, of some of the methods."""
 README_LEARNING = {
     "before training": "none",
     "LoRA, rank 8": "lora",
@@ -162,7 +162,14 @@ def merges_by_cycle() -> list[str]:
 # -- learning --------------------------------------------------------------------------
 def learning() -> list[str]:
     """README's table: what each method learned and kept on the pretrained model."""
-    titles = ["", "trained", "new text", "old text", "seeds", "1,500 steps, one seed"]
+    titles = [
+        "",
+        "trained",
+        "new text",
+        "old text",
+        "seeds",
+        "new/old in 1,500 steps, 1 seed",
+    ]
     by_method = {row.method: row for row in best_rows(plans.DATA / PRETRAINED)}
     long_runs = {row.method: row for row in best_rows(plans.DATA / LONG)}
     lines = []

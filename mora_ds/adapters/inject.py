@@ -141,7 +141,6 @@ def inject(
             "inject: `model` is itself a linear layer: give the module that it is a part of"
         )
     _refuse_shared(model, targets)
-    _reset_kernels(model)
     trained = _trained_parameters(model, config)
     if both := [
         name for name, module in targets.items() if id(module.weight) in trained
@@ -160,6 +159,7 @@ def inject(
         raise UserError(
             f"`base_bits` 4: {stacks[0]} is a stack of experts, which 8 bits can hold: use them, or leave it out"
         )
+    _reset_kernels(model)
     for name, base in targets.items():
         layer = layer_for(config, base, specs[name], name, domains)
         layer.train(base.training)
@@ -324,7 +324,8 @@ def put_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _reset_kernels(model: Any) -> None:
-    """Kernels of the Hub compute modules from their weights, without the adapters
+    """Restore the forward methods that transformers has replaced by kernels of the Hub.
+    Such a kernel may replace a module with target layers in it, and need not call them
     (transformers' modeling_utils.py, `set_use_kernels`; the default from 5.25 on)."""
     if getattr(model, "use_kernels", False):
         model.set_use_kernels(False)

@@ -86,6 +86,7 @@ class TokenFile(FileMember):
 def _bounds(file: TokenFile, encoder: Encoder) -> tuple[str, np.ndarray | None]:
     """(dtype of the tokens, where documents end in them; None without an index)."""
     if file.index is None:
+        # A file of fewer bytes gives none
         if np.lib.format.MAGIC_PREFIX in np.fromfile(file.path, "S6", 1):
             raise UserError("numpy.save wrote it; write ids alone (numpy's tofile)")
         return encoder.dtype, None

@@ -56,13 +56,14 @@ _SAVING = ".mora-saving"
 """Temporary folder in a model's folder; complete files are moved out of it."""
 
 
-def load_model(folder: str | Path, **kwargs: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained(folder, **kwargs)` with unsharded weights,
-    and without kernels of the Hub unless `use_kernels` asks for them. transformers
-    would shard a model that is loaded after `TrainingArguments(deepspeed=...)`."""
-    options = {"use_kernels": False, **kwargs}
+def load_model(folder: str | Path, *, use_kernels: bool = False, **kwargs: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained(folder, **kwargs)` with unsharded weights.
+    transformers would shard a model that is loaded after
+    `TrainingArguments(deepspeed=...)`, and from 5.25 on use kernels of the Hub."""
     with unsharded_loading():
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, use_kernels=use_kernels, **kwargs
+        )
 
 
 class MoRATrainer(_Base):

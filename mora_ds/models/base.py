@@ -100,7 +100,12 @@ class BaseCheckpoint:
                 raise UserError(
                     f"{folder} has quantized weights; give the unquantized model, or OUTPUT_DIR/base of a run"
                 )
-            return cls(folder, _locate_tensors(folder))
+            file_of = _locate_tensors(folder)
+            if stacks := [key for key in file_of if is_stack(key)]:
+                raise UserError(
+                    f"{file_of[stacks[0]]} is damaged: a tensor is called {stacks[0]!r}"
+                )
+            return cls(folder, file_of)
         except WeightMappingError:
             raise
         except UserError as error:
@@ -159,7 +164,7 @@ class BaseCheckpoint:
 
     def shape_dtype(self, key: str) -> tuple[Shape, torch.dtype]:
         """Shape and dtype of a tensor, read from the file header."""
-        if not self._is_stack(key):
+        if not is_stack(key):
             return shape_dtype(self._handles[self._file_of[key]], key)
         members = self.members(key)
         first, dtype = self.shape_dtype(members[0][0])
@@ -172,7 +177,7 @@ class BaseCheckpoint:
         A stack is copied from its tensors. Raises `RunError` if the file was damaged
         after it was opened.
         """
-        if self._is_stack(key):
+        if is_stack(key):
             shape, dtype = self.shape_dtype(key)
             stack = torch.empty(shape, dtype=dtype)
             for index, expert_keys in enumerate(self.members(key)):
@@ -197,10 +202,6 @@ class BaseCheckpoint:
                 )
             self._members[key] = members
         return self._members[key]
-
-    def _is_stack(self, key: str) -> bool:
-        # A damaged file may have a tensor by the name of a stack
-        return is_stack(key) and key not in self._file_of
 
     @cached_property
     def _handles(self) -> dict[Path, Any]:

@@ -144,7 +144,7 @@ def test_a_layer_without_a_pair_to_rotate_is_refused(d_in, message):
 # -- freezing --------------------------------------------------------------------------
 
 
-def test_kernels_of_the_hub_do_not_pass_adapters_by(monkeypatch):
+def test_kernels_of_the_hub_are_reset(monkeypatch):
     model = tiny_model()
     asked = []
     monkeypatch.setattr(type(model), "use_kernels", True)

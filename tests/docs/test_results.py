@@ -90,6 +90,7 @@ QUOTED = {
             "mora-product",
             "mora-muon-product",
         ),
+        "learning_135m_long.json": ("lora", "mora"),
         "learning_gemma.json": ("lora", "mora"),
         "learning_135m_sides.json": ("mora-rotate", "mora-gradient"),
         "learning_135m_renewed.json": ("remora-rotate", "remora-gradient"),
@@ -120,6 +121,9 @@ LEADS = """
 README.md                | on Gemma 3 270M LoRA was {}% ahead      | gemma       | mora
 docs/recipes/choosing.md | Gemma 3 270M | **LoRA was {}% ahead**   | gemma       | mora
 docs/recipes/choosing.md | LoRA was {}% ahead                      | 135m_replay | mora-rotate
+README.md                | in 1,500 steps LoRA was {}% ahead       | 135m_long   | mora
+docs/recipes/choosing.md | after 768,000 tokens LoRA was {}% ahead | 135m_long   | mora
+docs/results/learning.md | **After 768,000 tokens LoRA is {}% ahead | 135m_long  | mora
 docs/results/learning.md | **Without that token LoRA was {}% ahead | 135m_replay | mora-rotate
 """
 """Page, a sentence on LoRA's lead on the new text, its JSON, and MoRA's method there."""

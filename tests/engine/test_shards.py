@@ -228,10 +228,10 @@ def test_the_table_of_thousands_of_ranks_is_small():
 
 def test_what_a_rank_sends_is_not_unpacked_beyond_its_limit(monkeypatch):
     monkeypatch.setattr(shard_table, "MAX_ORIGINS", 64)
-    one, two = LAYOUTS[0][1], LAYOUTS[0][0]
-    RankShard.of(layout(), 0, "file", [one]).run(1)
+    two_extents, one_extent = LAYOUTS[0]
+    RankShard.of(layout(), 0, "file", [one_extent]).run(1)
     with run_error("file is said to have more than 1 extents"):
-        RankShard.of(layout(), 0, "file", [two]).run(1)
+        RankShard.of(layout(), 0, "file", [two_extents]).run(1)
 
 
 def test_a_run_passes_over_the_ranks_of_other_slices():

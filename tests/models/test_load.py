@@ -1,7 +1,9 @@
 """Which files of a Hub repository are downloaded, and in which precision a run keeps
 weights that are not one to one; folders on disk are loaded by most other tests."""
 
+import ast
 import fnmatch
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -107,6 +109,19 @@ def test_no_layer_is_replaced_by_code_of_the_hub(user, monkeypatch):
     load.load_model(user.model, torch.float32)
     load_of_trainer(user.model)
     assert asked == [False, False]
+
+
+def test_every_call_that_loads_a_model_says_whether_it_uses_kernels():
+    root = Path(__file__).parents[2]
+    loads = 0
+    for path in (*(root / "mora_ds").rglob("*.py"), *(root / "tools").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            if ast.unparse(node.func) == "AutoModelForCausalLM.from_pretrained":
+                assert "use_kernels" in {keyword.arg for keyword in node.keywords}, path
+                loads += 1
+    assert loads >= 8
 
 
 def test_a_mistyped_path_is_no_name_of_the_hub():

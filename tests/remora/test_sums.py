@@ -88,15 +88,15 @@ def resumed(folder, config=CONFIG, dtype="bfloat16"):
             resume=folder / "out/checkpoints/latest",
         )
     weights = {name: layer.weight.clone() for name, layer in mora_layers(model).items()}
-    kept = []
+    has_sums = []
     with cycles_read() as read_by_merge:
         for step in (MERGES + 1, MERGES + 2):
             micro_step(engine, tokens(2))
             run.merge(step)
             head = Ledger.open(folder / "out/checkpoints/latest/ledger").head
-            kept.append(any((folder / "out/ledger/sums").glob(f"{head}-*")))
+            has_sums.append(any((folder / "out/ledger/sums").glob(f"{head}-*")))
             run.save(step)
-    return weights, read, read_by_merge, kept
+    return weights, read, read_by_merge, has_sums
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_a_resume_has_the_same_bits_whatever_became_of_the_sums(run, tmp_path, d
     if damage is not None:
         (file,) = (copy / "out/ledger/sums").glob("*-rank-*")
         damage(file)
-    weights, read, read_by_merge, kept = run_alone(resumed, str(copy))
+    weights, read, read_by_merge, has_sums = run_alone(resumed, str(copy))
     assert not list((copy / "out/ledger/sums").glob("*.partial"))
     for name, weight in result["weights"].items():
         assert torch.equal(weights[name], weight), name
@@ -181,7 +181,7 @@ def test_a_resume_has_the_same_bits_whatever_became_of_the_sums(run, tmp_path, d
         assert set(read_by_merge) == set(range(MERGES))
     else:
         assert read_by_merge == [], "a replay keeps its sums"
-        assert kept == [True, True], "a killed run goes on from them"
+        assert has_sums == [True, True], "a killed run goes on from them"
 
 
 def test_without_room_for_all_sums_merges_replay_the_ledger(run, tmp_path):

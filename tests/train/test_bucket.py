@@ -347,8 +347,8 @@ RANK_0 = SimpleNamespace(run_on_rank0=lambda what, work, long: work())
 def test_an_upload_has_logs_and_a_merged_model_in_place_of_the_one_before(overwriting):
     remote, store = overwriting
     logs = {"metrics.jsonl", "summary.json", "profile/rank-0"}
-    made = {*logs, "tensorboard/events", "merged/new", "checkpoints/file"}
-    for path in (store / "merged/old", *(remote.folder / name for name in made)):
+    written = {*logs, "tensorboard/events", "merged/new", "checkpoints/file"}
+    for path in (store / "merged/old", *(remote.folder / name for name in written)):
         path.parent.mkdir(exist_ok=True)
         path.touch()
     remote.upload(RANK_0, [], has_merged=True)

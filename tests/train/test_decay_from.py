@@ -139,8 +139,8 @@ def test_a_branch_begins_without_its_parents_end_best_step_and_failures(tmp_path
     write_json_atomic(checkpoint / "trainer_state.json", vars(replace(state, **end)))
     write_manifest(checkpoint)
     branched = replace(state, identity={"seed": 1, "decay_from": START})
-    found = pretrain._branch(str(checkpoint), {"decay_from": START}, tmp_path / "own")
-    assert found == (checkpoint, branched)
+    start = pretrain._branch(str(checkpoint), {"decay_from": START}, tmp_path / "own")
+    assert start == (checkpoint, branched)
 
 
 def test_a_parent_is_at_the_peak_by_a_schedule_of_its_own(user, tmp_path, out):

@@ -62,8 +62,8 @@ from tools.tables import mean_and_spread
 
 NEW = "new"
 OLD = "old"
-SECONDS = "s a step"
-MEMORY = "GiB"
+SECONDS = "s/step"
+MEMORY = "peak GiB"
 COSTS = (SECONDS, MEMORY)
 """What a run costs: seconds of a step on one core, and the peak of memory."""
 AS_GOOD = 1.01

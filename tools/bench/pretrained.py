@@ -122,9 +122,9 @@ def _write_texts(path: Path, documents: Iterable[tuple[str, str]]) -> None:
 def write_task(folder: Path, name: str, documents: Path) -> None:
     """Write a task about terms of `documents`, and its questions next to it."""
     lines = documents.read_text(encoding="utf-8").splitlines()
-    asked = questions_of([json.loads(line)["text"] for line in lines])
+    questions = questions_of([json.loads(line)["text"] for line in lines])
     path = folder.absolute() / f"{name}_questions.jsonl"
-    path.write_text("".join(json.dumps(question) + "\n" for question in asked))
+    path.write_text("".join(json.dumps(question) + "\n" for question in questions))
     task = {
         "task": name,
         "dataset_path": "json",
@@ -137,19 +137,19 @@ def write_task(folder: Path, name: str, documents: Path) -> None:
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
-    print(f"{folder / name}.yaml: {len(asked)} questions")
+    print(f"{folder / name}.yaml: {len(questions)} questions")
 
 
 def questions_of(documents: list[str]) -> list[dict[str, Any]]:
     """Questions for the definitions of terms, in other words than the documents have.
     The wrong choices are definitions of other terms."""
-    chosen = random.Random(0)
+    rng = random.Random(0)
     pairs = [document.splitlines()[:2] for document in documents]
     questions = []
-    for name, definition in chosen.sample(pairs, min(QUESTIONS, len(pairs))):
-        others = [other for _, other in pairs if other != definition]
-        choices = [definition, *chosen.sample(others, CHOICES - 1)]
-        chosen.shuffle(choices)
+    for name, definition in rng.sample(pairs, min(QUESTIONS, len(pairs))):
+        wrong = [text for _, text in pairs if text != definition]
+        choices = [definition, *rng.sample(wrong, CHOICES - 1)]
+        rng.shuffle(choices)
         question = f'A student asks what "{name}" means. The doctor answers:'
         answer = choices.index(definition)
         questions.append({"question": question, "choices": choices, "answer": answer})
@@ -174,7 +174,7 @@ def _write_model(weights: Path, target: Path) -> None:
         return
     source = {"gguf_file": weights.name}
     quantized = AutoModelForCausalLM.from_pretrained(
-        weights.parent, dtype=torch.float32, **source
+        weights.parent, dtype=torch.float32, use_kernels=False, **source
     )
     config = quantized.config
     # transformers saves no model that it has dequantized: a new one takes its weights
