@@ -1,7 +1,9 @@
 # PYTHON is an environment with `pip install -e '.[dev]'`: .venv, if it exists.
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python)
 
-.PHONY: help install check lint format types spelling test heavy mutations docs site
+TABLE ?= memorization_135m
+
+.PHONY: help install check lint format types spelling test heavy mutations evidence docs site
 
 help: ## list these commands
 	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -31,6 +33,11 @@ heavy: ## the heavy tests, half an hour or more; TESTS=tests/parallel for some o
 
 mutations: ## small faults in the code: do the tests find them?
 	$(PYTHON) -m tests.mutations
+
+evidence: ## repeat a table of docs/results/data for hours, from pip's packages: TABLE=learning_135m_long
+	$(PYTHON) -m pip install -e '.[evidence]'
+	$(PYTHON) tools/bench/pretrained.py out/fetched
+	$(PYTHON) tools/bench/repeat.py $(TABLE)
 
 docs: ## write the generated pages and figures
 	$(PYTHON) tools/docs.py && $(PYTHON) tools/figures.py

@@ -207,19 +207,21 @@ def _new_and_old(row: Row) -> str:
 
 
 def memorization() -> list[str]:
-    """Of results/learning-tables.md: digits known in the course of each run, and the
-    perplexity of prose after it."""
+    """Of results/learning-tables.md: digits known in the course of the runs, and the
+    perplexity of prose after them."""
     rows = rows_of(read_json(plans.DATA / MEMORIZATION)["runs"])
     steps = rows[0].runs[0]["steps"]
     shown = [place for place, step in enumerate(steps) if step in (200, 300, 400)]
-    titles = ["digits right, %", "trained", "learning rate"]
+    titles = ["digits right, %", "trained", "learning rate", "seeds"]
     lines = []
     for row in rows:
-        (run,) = row.runs
-        shares = [f"{100 * run['accuracy'][place]:.0f}" for place in shown]
-        prose = f"{run['perplexity'][1]:.1f}"
-        name = f"{row.method}-{row.rank}"
-        lines.append([name, f"{row.trained:,}", f"{row.rate:g}", *shares, prose])
+        line = [f"{row.method}-{row.rank}", f"{row.trained:,}", f"{row.rate:g}"]
+        line.append(f"{len(row.runs)}")
+        for place in shown:
+            percents = [100 * run["accuracy"][place] for run in row.runs]
+            line.append(mean_and_spread(percents))
+        prose = [run["perplexity"][1] for run in row.runs]
+        lines.append([*line, mean_and_spread(prose)])
     titles += [f"{steps[place]}" for place in shown]
     return number_table([*titles, "prose"], lines)
 

