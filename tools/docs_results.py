@@ -212,11 +212,11 @@ def memorization() -> list[str]:
     rows = rows_of(read_json(plans.DATA / MEMORIZATION)["runs"])
     steps = rows[0].runs[0]["steps"]
     shown = [place for place, step in enumerate(steps) if step in (200, 300, 400)]
-    titles = ["digits right, %", "trained", "learning rate", "seeds"]
+    titles = ["digits right, %", "learning rate", "seeds"]
     lines = []
     for row in rows:
-        line = [f"{row.method}-{row.rank}", f"{row.trained:,}", f"{row.rate:g}"]
-        line.append(f"{len(row.runs)}")
+        name = f"{row.method}-{row.rank}"
+        line = [name, f"{row.rate:g}", f"{len(row.runs)}"]
         for place in shown:
             percents = [100 * run["accuracy"][place] for run in row.runs]
             line.append(mean_and_spread(percents))
