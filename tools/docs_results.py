@@ -50,8 +50,9 @@ LAYERWISE = {
 }
 """Base -> the JSON of its runs with a scale for each layer's update."""
 
-MEMORIZATION = "memorization_135m.json"
-"""The JSON of the paper's task on a pretrained model."""
+MEMORIZATION = ("memorization_135m.json", "memorization_135m_seeds.json")
+"""The JSONs of the paper's task on a pretrained model. They share the runs of the first
+seed at the best learning rate."""
 
 TABLE = re.compile(r"<!-- (?P<name>.+?), by tools/docs\.py -->")
 
@@ -184,21 +185,14 @@ def learning() -> list[str]:
 
 def layerwise() -> list[str]:
     """Of results/learning-tables.md: LoRA and MoRA, without and with a scale for each
-    layer's update, at the best learning rate of four, at half and at twice of it."""
-    titles = ["new/old", "learning rate", "half", "best", "twice"]
+    layer's update, at the best learning rate of four."""
     lines = []
     for base, file in LAYERWISE.items():
-        rows = rows_of(read_json(plans.DATA / file)["runs"])
-        by_rate = {(row.method, row.rate): row for row in rows}
-        for best in best_rows(plans.DATA / file):
-            if best.method == "none":
-                continue
-            cells = []
-            for factor in (0.5, 1, 2):
-                row = by_rate.get((best.method, factor * best.rate))
-                cells.append(_new_and_old(row) if row else "")
-            lines.append([f"{base}/{best.method}", f"{best.rate:g}", *cells])
-    return number_table(titles, lines)
+        for row in best_rows(plans.DATA / file):
+            if row.method != "none":
+                name = f"{base}/{row.method}"
+                lines.append([name, f"{row.rate:g}", _new_and_old(row)])
+    return number_table(["", "learning rate", "new/old"], lines)
 
 
 def _new_and_old(row: Row) -> str:
@@ -209,13 +203,18 @@ def _new_and_old(row: Row) -> str:
 def memorization() -> list[str]:
     """Of results/learning-tables.md: digits known in the course of the runs, and the
     perplexity of prose after them."""
-    rows = rows_of(read_json(plans.DATA / MEMORIZATION)["runs"])
+    runs: dict[tuple[str, int, float, int], dict[str, Any]] = {}
+    for file in MEMORIZATION:
+        for run in read_json(plans.DATA / file)["runs"]:
+            trial = (run["method"], run["rank"], run["learning_rate"], run["seed"])
+            runs[trial] = run
+    rows = rows_of(runs.values())
     steps = rows[0].runs[0]["steps"]
     shown = [place for place, step in enumerate(steps) if step in (200, 300, 400)]
     titles = ["digits right, %", "learning rate", "seeds"]
     lines = []
     for row in rows:
-        name = f"{row.method}-{row.rank}"
+        name = f"{row.method}-{row.rank}" if row.rank else row.method
         line = [name, f"{row.rate:g}", f"{len(row.runs)}"]
         for place in shown:
             percents = [100 * run["accuracy"][place] for run in row.runs]

@@ -4,10 +4,11 @@ memorized?
     python tools/bench/memorization.py [--base MODEL] [--pairs 64] [--steps 400] [--rank 8]
     [--seeds 3] [--text FILE] ...
 
-Full training, LoRA, MoRA and ReMoRA, at equal trainable parameters, on one engine
-(ZeRO, AdamW, a constant learning rate after a warm-up): each learns, of pairs of 32 hex
-digits, the second from the first, at every learning rate of its sweep, the best one
-with more seeds. The softmax is over the 16 digits: over a large vocabulary it would cost
+Full training, LoRA, MoRA and ReMoRA on one engine (ZeRO, AdamW, a constant learning
+rate after a warm-up): each learns, of pairs of 32 hex digits, the second from the first,
+at every learning rate of its sweep, the best one with more seeds. MoRA has at most LoRA's
+trainable parameters; `mora-unrounded` has as many, with sides that are no multiple of
+16, which decides at ranks of 1 or 2. The softmax is over the 16 digits: over a large vocabulary it would cost
 more than all layers. Eight times in a run the second is generated greedily; the share of
 right digits is the character accuracy (1/16 is chance). A digit is one token here, so
 rows need no padding. Prints, at each method's best learning rate (largest mean accuracy
@@ -34,8 +35,8 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice, product
 from pathlib import Path
 from statistics import fmean
@@ -105,6 +106,8 @@ class Method:
     """Its learning rates where `--methods` gives none."""
     adapter: type[AdapterConfig] | None = MoRAConfig
     """None: every parameter is trained."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Other settings of the adapter than its rank and seed."""
     merges: bool = False
 
 
@@ -127,6 +130,7 @@ METHODS: dict[str, Method] = {
     "full": Method((3e-4, 1e-3, 3e-3), adapter=None),
     "lora": Method((1e-3, 3e-3, 1e-2), adapter=LoRAConfig),
     "mora": Method((3e-3, 1e-2, 3e-2)),
+    "mora-unrounded": Method((3e-3, 1e-2, 3e-2), settings={"r_hat_multiple": 1}),
     "remora": Method((3e-3, 1e-2, 3e-2), merges=True),
 }
 
@@ -440,7 +444,8 @@ def _train(trial: Trial, base: Path, options: argparse.Namespace) -> dict[str, A
         bf16={"enabled": options.bf16},
     )
     if method.adapter is not None:
-        inject(model, method.adapter(rank=trial.rank, seed=trial.seed))
+        adapter = method.adapter(rank=trial.rank, seed=trial.seed, **method.settings)
+        inject(model, adapter)
     trained = count_trained(model)
     make = initialize_full if method.adapter is None else initialize
     engine = make(model=model, config=config)[0]
