@@ -3,6 +3,7 @@ tools/figures.py.
 """
 
 import re
+from statistics import fmean
 
 import pytest
 
@@ -96,6 +97,9 @@ QUOTED = {
         "learning_135m_renewed.json": ("remora-rotate", "remora-gradient"),
         "learning_13m_sides.json": ("remora-rotate", "remora-gradient"),
     },
+    "results/learning-tables.md": {
+        "learning_135m.json": ("lora", "mora-rotate", "full")
+    },
 }
 """Page of docs/ -> JSON -> methods of which a sentence gives the perplexities on the new
 and on the old text.
@@ -141,6 +145,39 @@ def test_a_lead_of_lora_is_that_of_the_json(case):
     assert " | ".join(sentence).format(f"{percent:.0f}") in text
 
 
+MEMORIZED = {
+    "README.md": "{mora[300]}% to {lora[300]}% in 300 steps",
+    "docs/results/learning.md": (
+        "knows {mora[300]}% of the digits after 300 steps, LoRA {lora[300]}%: a lead in each seed, as predicted. "
+        "After 400 steps it is {mora[400]}% and {lora[400]}%, and LoRA leads in one seed"
+    ),
+}
+"""Page -> a sentence on how much each method memorized."""
+
+
+@pytest.mark.parametrize("page", MEMORIZED)
+def test_what_a_sentence_says_was_memorized_is_that_of_the_json(page):
+    runs = read_json(plans.DATA / "memorization_135m_seeds.json")["runs"]
+    mora, lora = (
+        [run for run in runs if run["method"] == method] for method in ("mora", "lora")
+    )
+
+    def shares(runs, step):
+        return [run["accuracy"][run["steps"].index(step)] for run in runs]
+
+    def percents(runs):
+        return {step: f"{100 * fmean(shares(runs, step)):.0f}" for step in (300, 400)}
+
+    text = " ".join((ROOT / page).read_text().split())
+    assert MEMORIZED[page].format(mora=percents(mora), lora=percents(lora)) in text
+
+    def seeds_with_lead(step):
+        pairs = zip(shares(mora, step), shares(lora, step), strict=True)
+        return sum(high > low for high, low in pairs)
+
+    assert (seeds_with_lead(300), seeds_with_lead(400)) == (3, 2)
+
+
 def test_every_json_is_shown_somewhere():
     names = {
         name for page in PAGES for name in docs_results.TABLE.findall(page.read_text())
@@ -151,7 +188,11 @@ def test_every_json_is_shown_somewhere():
     layerwise = set(docs_results.LAYERWISE.values())
     elsewhere = {"plans.json", *docs_results.MEMORIZATION}
     # Not drawn, but a page says where they are
-    named = {"learning_trials.json", "learning_135m_pilot.json"}
+    named = {
+        "learning_135m.json",
+        "learning_135m_pilot.json",
+        "learning_trials.json",
+    }
     tables = (ROOT / "docs/results/learning-tables.md").read_text()
     assert all(f"`{name}`" in tables for name in named)
     assert files - shown - energies - layerwise - SOURCES == elsewhere | named, (
