@@ -50,9 +50,13 @@ LAYERWISE = {
 }
 """Base -> the JSON of its runs with a scale for each layer's update."""
 
-MEMORIZATION = ("memorization_135m.json", "memorization_135m_seeds.json")
-"""The JSONs of the paper's task on a pretrained model. They share the runs of the first
-seed at the best learning rate."""
+MEMORIZATION = (
+    "memorization_135m.json",
+    "memorization_135m_seeds.json",
+    "memorization_135m_rank1.json",
+)
+"""The JSONs of the paper's task on a pretrained model. The first two share the runs of
+the first seed at the best learning rate."""
 
 TABLE = re.compile(r"<!-- (?P<name>.+?), by tools/docs\.py -->")
 
