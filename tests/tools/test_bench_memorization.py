@@ -61,6 +61,16 @@ def test_the_best_learning_rate_is_that_of_the_largest_mean_accuracy():
     assert best == {("mora", 1): 0.2, ("mora", 8): 0.1}
 
 
+def test_sides_are_rounded_down_unless_asked_otherwise():
+    """On a layer of SmolLM2-135M, where LoRA of rank 1 has 2,112 parameters."""
+    bench = tool("bench/memorization")
+    sides = {
+        name: bench.adapter_of(bench.Trial(name, 1, 0.1, 1)).mora_matrix_size(576, 1536)
+        for name in ("mora", "mora-unrounded")
+    }
+    assert sides == {"mora": 32, "mora-unrounded": 44}
+
+
 def test_ordinary_text_is_cut_into_rows(tmp_path, user):
     bench = tool("bench/memorization")
     file = tmp_path / "text.jsonl"

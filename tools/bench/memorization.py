@@ -422,6 +422,14 @@ def small_base(work: Path) -> Path:
 # -- one run ---------------------------------------------------------------------------
 
 
+def adapter_of(trial: Trial) -> AdapterConfig | None:
+    """What is injected; None for full training."""
+    method = METHODS[trial.method]
+    if method.adapter is None:
+        return None
+    return method.adapter(rank=trial.rank, seed=trial.seed, **method.settings)
+
+
 def _train(trial: Trial, base: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train once. Returns the number of trained parameters, the step, accuracy and loss
     of each measurement, and the perplexity of `--text` before and after."""
@@ -443,11 +451,11 @@ def _train(trial: Trial, base: Path, options: argparse.Namespace) -> dict[str, A
         optimizer={"type": "AdamW", "params": {"lr": trial.rate, "weight_decay": 0.0}},
         bf16={"enabled": options.bf16},
     )
-    if method.adapter is not None:
-        adapter = method.adapter(rank=trial.rank, seed=trial.seed, **method.settings)
+    adapter = adapter_of(trial)
+    if adapter is not None:
         inject(model, adapter)
     trained = count_trained(model)
-    make = initialize_full if method.adapter is None else initialize
+    make = initialize_full if adapter is None else initialize
     engine = make(model=model, config=config)[0]
     before = _perplexity(engine, head, text)
     schedule = Schedule(
