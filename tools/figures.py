@@ -1,5 +1,5 @@
 """Draw the figures of the documentation as SVG, from the JSON of
-`tools/bench/learning.py` and `soak.py` alone.
+`tools/bench/learning.py`, `memorization.py` and `soak.py` alone.
 
     python tools/figures.py         draws docs/assets/*.svg (needs matplotlib)
 
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mora_ds.common.files import read_json
 from tools.plans import DATA, ROOT
-from tools.runs import Row, best_rows
+from tools.runs import Row, best_rows, rows_of
 
 ASSETS = ROOT / "docs" / "assets"
 
@@ -38,6 +38,7 @@ INK, FAINT, BLUE, ORANGE, GREEN, PURPLE = COLORS
 STYLES = {
     "lora": ("LoRA", ORANGE, "-"),
     "relora": ("ReLoRA", ORANGE, "--"),
+    "mora": ("MoRA", BLUE, "-"),
     "mora-rotate": ("MoRA", BLUE, "-"),
     "remora-rotate": ("ReMoRA", BLUE, "--"),
     "remora-10": ("ReMoRA, 10 cycles", BLUE, ":"),
@@ -105,6 +106,26 @@ def draw(name: str, folder: Path) -> None:
     _save(figure, folder / f"{name.replace('_', '-')}.svg")
 
 
+def draw_memorization(folder: Path) -> None:
+    """Draw the digits that each method knows in the course of
+    data/memorization_135m_seeds.json."""
+    plots = _pyplot()
+    figure, axis = plots.subplots(figsize=(6, 3.4))
+    for row in rows_of(read_json(DATA / "memorization_135m_seeds.json")["runs"]):
+        values_at: dict[int, list[float]] = {}
+        for run in row.runs:
+            for step, share in zip(run["steps"], run["accuracy"], strict=True):
+                values_at.setdefault(step, []).append(100 * share)
+        _draw_mean(axis, row.method, values_at)
+    axis.set_ylim(0, 100)
+    axis.set_ylabel("digits right, %")
+    axis.set_xlabel("optimizer steps")
+    axis.grid(True, axis="y", color=FAINT, linewidth=0.6)
+    axis.legend(loc="lower right", frameon=False, labelcolor=INK)
+    figure.subplots_adjust(bottom=0.16)
+    _save(figure, folder / "memorization.svg", "Digits of random pairs memorized")
+
+
 def draw_soak(folder: Path) -> None:
     """Draw what the processes of a long run held, and what its steps and merges took, of
     data/soak*.json."""
@@ -128,6 +149,12 @@ def draw_soak(folder: Path) -> None:
 
 def _panels() -> tuple[Any, Any]:
     """A figure, and its two axes, one above the other."""
+    figure, panels = _pyplot().subplots(2, 1, figsize=(6, 6.4))
+    return figure, panels
+
+
+def _pyplot() -> Any:
+    """`matplotlib.pyplot`, which then draws as all figures look."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -147,20 +174,24 @@ def _panels() -> tuple[Any, Any]:
         "ytick.color": INK,
     }
     pyplot.rcParams.update(style)
-    figure, panels = pyplot.subplots(2, 1, figsize=(6, 6.4))
-    return figure, panels
+    return pyplot
 
 
 def _draw_curve(axis: Any, text: str, row: Row, start: Row | None) -> None:
-    """The mean over seeds of the perplexity on a text, and the range in which they
-    lie."""
-    label, color, line = STYLES[row.method]
+    """The perplexity on a text, from `start` on."""
     values_at: dict[int, list[float]] = {}
     if start is not None:
         values_at[0] = [start.mean(text)]
     for run in row.runs:
         for point in run["curve"]:
             values_at.setdefault(point["step"], []).append(point[text])
+    _draw_mean(axis, row.method, values_at)
+
+
+def _draw_mean(axis: Any, method: str, values_at: dict[int, list[float]]) -> None:
+    """The mean over seeds of what was measured at each step, and the range in which
+    they lie."""
+    label, color, line = STYLES[method]
     steps = list(values_at)
     lowest = [min(values) for values in values_at.values()]
     highest = [max(values) for values in values_at.values()]
@@ -211,6 +242,7 @@ def _save(figure: Any, path: Path, title: str = TITLE) -> None:
 def main() -> None:
     for name in DRAWN:
         draw(name, ASSETS)
+    draw_memorization(ASSETS)
     draw_soak(ASSETS)
 
 

@@ -13,6 +13,7 @@ from tests.helpers.errors import user_error
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tables import words
 from tests.helpers.tools import call, called, tool
+from tools import figures
 from tools.runs import rows_of
 
 TOOL = REPOSITORY / "tools/bench/memorization.py"
@@ -69,6 +70,12 @@ def test_sides_are_rounded_down_unless_asked_otherwise():
         for name in ("mora", "mora-unrounded")
     }
     assert sides == {"mora": 32, "mora-unrounded": 44}
+
+
+def test_the_figure_has_a_curve_for_each_method(tmp_path):
+    figures.draw_memorization(tmp_path)
+    text = (tmp_path / "memorization.svg").read_text()
+    assert all(f">{label}<" in text for label in ("LoRA", "MoRA"))
 
 
 def test_ordinary_text_is_cut_into_rows(tmp_path, user):
