@@ -41,8 +41,9 @@ READ_DIRECTLY = {
 }
 """Class of a module and its layer whose weight it computes with itself, without calling
 the layer (transformers, models/*/modeling_*.py): an adapter there would not train.
-Those of Mamba but dt_proj are read only for a fused kernel on a GPU; runs adapt the
-same layers on every machine."""
+Those of Mamba but dt_proj are read only for a fused kernel on a GPU, and those of
+FalconMamba but dt_proj only by transformers 5.24; runs adapt the same layers on every
+machine and with every version."""
 
 
 def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:

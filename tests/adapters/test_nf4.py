@@ -237,13 +237,14 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
         nf4.check_installed()
 
 
-def test_no_kernel_is_fetched_while_the_package_is_imported():
+def test_no_kernel_is_fetched_while_the_package_is_imported(monkeypatch):
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
     for before in (None, sys):
         if before is not None:
-            sys.modules["kernels"] = before
+            monkeypatch.setitem(sys.modules, "kernels", before)
         with nf4._quiet_and_offline(), pytest.raises(ImportError):
             import kernels  # noqa: F401
-        assert sys.modules.pop("kernels", None) is before
+        assert sys.modules.get("kernels") is before
 
 
 def test_weights_that_are_not_finite():

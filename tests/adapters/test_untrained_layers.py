@@ -82,7 +82,8 @@ def test_a_projection_that_the_mixer_calls_is_adapted():
 
 def test_the_table_is_what_transformers_reads():
     """The test reads the sources, because the fused kernels run on GPUs only: it fails
-    after an upgrade that adds such a module."""
+    after an upgrade that adds such a module. FalconMamba's are those of transformers
+    5.24; later versions call them."""
     found = set()
     models = Path(transformers.__file__).parent / "models"
     for path in models.glob("*/modeling_*.py"):
@@ -91,7 +92,8 @@ def test_the_table_is_what_transformers_reads():
             if "self.A_log" in text or "altup" in text:
                 read = re.findall(r"self\.(\w+_(?:proj|coefs))\.weight\b", text)
                 found |= {f"{kind}.{name}" for name in read}
-    assert found == READ_DIRECTLY
+    called_since_5_25 = {"FalconMambaMixer.x_proj", "FalconMambaMixer.out_proj"}
+    assert found | called_since_5_25 == READ_DIRECTLY
 
 
 # -- multimodal models -----------------------------------------------------------------
