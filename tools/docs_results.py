@@ -16,7 +16,8 @@ from tools.tables import cell, mean_and_spread, number_table, ruler, table_row
 
 PRETRAINED = "learning_135m_rivals.json"
 LONG = "learning_135m_long.json"
-"""Runs of 1,500 steps, with other old text, of some of the methods."""
+LONG_ONE_SEED = "learning_135m_long_one_seed.json"
+"""Runs of 1,500 steps, with other old text; the second file has more methods."""
 README_LEARNING = {
     "before training": "none",
     "LoRA, rank 8": "lora",
@@ -173,18 +174,41 @@ def learning() -> list[str]:
         "new text",
         "old text",
         "seeds",
-        "new/old in 1,500 steps, 2 seeds",
+        "new/old in 1,500 steps, 2 seeds (without ±: 1)",
     ]
     by_method = {row.method: row for row in best_rows(plans.DATA / PRETRAINED)}
-    long_runs = {row.method: row for row in best_rows(plans.DATA / LONG)}
+    # Two seeds come before one
+    long_by_method = {row.method: row for row in reversed(_long_rows())}
     lines = []
     for title, method in README_LEARNING.items():
         row = by_method[method]
         texts = (mean_and_spread(row.perplexities(text)) for text in ("new", "old"))
-        after_long = long_runs.get(method)
+        after_long = long_by_method.get(method)
         last = "-" if after_long is None else _new_and_old(after_long)
         lines.append([title, f"{row.trained:,}", *texts, str(len(row.runs)), last])
     return number_table(titles, lines)
+
+
+def long_runs() -> list[str]:
+    """Of results/learning-tables.md: what each method learned, kept, answered and cost in
+    1,500 steps."""
+    lines = []
+    for row in _long_rows():
+        tasks = (f"{100 * row.score(task):.1f}" for task in LONG_TASKS)
+        cost = ("-", "-")
+        if row.trained:
+            cost = (f"{row.cost('s/step'):.2f}", f"{row.cost('peak GiB'):.2f}")
+        rate = f"{row.rate:g}" if row.trained else "-"
+        lines.append([row.method, rate, _new_and_old(row), "/".join(tasks), *cost])
+    titles = ["", "learning rate", "new/old", "tasks, %", "s/step", "peak GiB"]
+    return number_table(titles, lines)
+
+
+LONG_TASKS = ("hpo_trained", "hpo_held")
+
+
+def _long_rows() -> list[Row]:
+    return best_rows(plans.DATA / LONG) + best_rows(plans.DATA / LONG_ONE_SEED)
 
 
 def layerwise() -> list[str]:
@@ -227,17 +251,6 @@ def memorization() -> list[str]:
         lines.append([*line, mean_and_spread(prose)])
     titles += [f"{steps[place]}" for place in shown]
     return number_table([*titles, "prose"], lines)
-
-
-def energy() -> list[str]:
-    """Of results/learning-tables.md: the shares, from data/energy_*.json, a base a
-    column."""
-    tables = [_energies(size) for size in SIZES]
-    titles, *rows = (
-        [span, *(share for table in tables for share in table[span])]
-        for span in tables[0]
-    )
-    return number_table(titles, rows)
 
 
 def _energies(size: str) -> dict[str, list[str]]:
@@ -294,10 +307,10 @@ TABLES = {
     "memory": memory,
     "traffic": traffic,
     "learning": learning,
+    "long runs": long_runs,
     "layerwise": layerwise,
     "memorization": memorization,
     "merges by cycle": merges_by_cycle,
-    "energy": energy,
     "prediction": prediction,
     "packages": packages,
 }

@@ -49,6 +49,14 @@ class Row:
         """The mean of `perplexities`."""
         return fmean(self.perplexities(text, seeds))
 
+    def score(self, task: str) -> float:
+        """The mean share of right answers on a task of `--tasks`."""
+        return fmean(run["scores"][task] for run in self.runs)
+
+    def cost(self, name: str) -> float:
+        """The mean of what each run kept as cost under this name."""
+        return fmean(run["cost"][name] for run in self.runs)
+
 
 def rows_of(runs: Iterable[dict[str, Any]]) -> list[Row]:
     """A row for each method, rank and learning rate, in the order of the runs."""

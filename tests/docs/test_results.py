@@ -93,7 +93,7 @@ QUOTED = {
             "mora-muon-product",
         ),
         "learning_135m_long.json": ("lora", "mora"),
-        "learning_135m_long_limits.json": ("mora", "full"),
+        "learning_135m_long_one_seed.json": ("mora", "full", "relora", "remora"),
         "learning_gemma.json": ("lora", "mora"),
         "learning_135m_sides.json": ("mora-rotate", "mora-gradient"),
         "learning_135m_renewed.json": ("remora-rotate", "remora-gradient"),
@@ -151,6 +151,27 @@ def test_a_lead_of_lora_on_the_old_text_is_that_of_the_json(page):
     assert OLD_LEADS[page].format(f"{percent:.0f}") in text
 
 
+MERGED = {
+    "docs/guides/remora.md": "four cycles cost LoRA {}% there, and MoRA nothing",
+    "docs/results/learning.md": "four merges cost LoRA {}%, and MoRA nothing",
+}
+"""Page -> what it says merges cost in a long run."""
+
+
+@pytest.mark.parametrize("page", MERGED)
+def test_what_merges_cost_is_that_of_the_json(page):
+    # Of the same seed
+    plain = {row.method: row for row in best_rows(plans.DATA / docs_results.LONG)}
+    merged = {
+        row.method: row for row in best_rows(plans.DATA / docs_results.LONG_ONE_SEED)
+    }
+    cost = merged["relora"].mean("new") / plain["lora"].mean("new", {1}) - 1
+    assert MERGED[page].format(f"{100 * cost:.0f}") in " ".join(
+        (ROOT / page).read_text().split()
+    )
+    assert merged["remora"].mean("new") <= plain["mora"].mean("new", {1})
+
+
 @pytest.mark.parametrize("case", LEADS.strip().splitlines())
 def test_a_lead_of_lora_is_that_of_the_json(case):
     page, *sentence, file, method = (cell.strip() for cell in case.split("|"))
@@ -205,10 +226,11 @@ def test_every_json_is_shown_somewhere():
     files = {path.name for path in (ROOT / "docs/results/data").glob("*.json")}
     layerwise = set(docs_results.LAYERWISE.values())
     memorization = set(docs_results.MEMORIZATION)
-    # Not drawn, but a page says where they are
+    # Drawn without their names or not at all, but a page says where they are
     named = {
         "learning_135m.json",
-        "learning_135m_long_limits.json",
+        "learning_135m_long.json",
+        "learning_135m_long_one_seed.json",
         "learning_135m_pilot.json",
         "learning_trials.json",
     }
