@@ -55,8 +55,10 @@ MEMORIZATION = (
     "memorization_135m.json",
     "memorization_135m_seeds.json",
     "memorization_135m_rank1.json",
+    "memorization_135m_full.json",
+    "memorization_gemma.json",
 )
-"""The JSONs of the paper's task on a pretrained model. The first two share the runs of
+"""The JSONs of the paper's task on pretrained models. The first two share the runs of
 the first seed at the best learning rate."""
 
 TABLE = re.compile(r"<!-- (?P<name>.+?), by tools/docs\.py -->")
@@ -212,15 +214,16 @@ def _long_rows() -> list[Row]:
 
 
 def layerwise() -> list[str]:
-    """Of results/learning-tables.md: LoRA and MoRA, without and with a scale for each
-    layer's update, at the best learning rate of four."""
+    """Of results/learning-tables.md: LoRA, MoRA, and MoRA with a scale for each layer's
+    update, at the best learning rate of four."""
     lines = []
     for base, file in LAYERWISE.items():
-        for row in best_rows(plans.DATA / file):
-            if row.method != "none":
-                name = f"{base}/{row.method}"
-                lines.append([name, f"{row.rate:g}", _new_and_old(row)])
-    return number_table(["", "learning rate", "new/old"], lines)
+        by_method = {row.method: row for row in best_rows(plans.DATA / file)}
+        mora = by_method.get("mora") or by_method["mora-rotate"]
+        rows = (by_method["lora"], mora, by_method["mora-layerwise"])
+        cells = (f"{row.rate:g}: {_new_and_old(row)}" for row in rows)
+        lines.append([base, *cells])
+    return number_table(["", "LoRA", "MoRA", "MoRA with scales"], lines)
 
 
 def _new_and_old(row: Row) -> str:
@@ -233,9 +236,11 @@ def memorization() -> list[str]:
     perplexity of prose after them."""
     runs: dict[tuple[str, int, float, int], dict[str, Any]] = {}
     for file in MEMORIZATION:
+        model = "Gemma/" if "gemma" in file else ""
         for run in read_json(plans.DATA / file)["runs"]:
-            trial = (run["method"], run["rank"], run["learning_rate"], run["seed"])
-            runs[trial] = run
+            method = model + run["method"]
+            trial = (method, run["rank"], run["learning_rate"], run["seed"])
+            runs[trial] = {**run, "method": method}
     rows = rows_of(runs.values())
     steps = rows[0].runs[0]["steps"]
     shown = [place for place, step in enumerate(steps) if step in (200, 300, 400)]

@@ -12,7 +12,12 @@ from tests.helpers.tools import call, tool
 from tools.plans import DATA
 
 MEMORIZATION = "python tools/bench/memorization.py"
-REPEATED = ("learning_135m_long", "learning_135m_pilot", "memorization_135m")
+REPEATED = (
+    "learning_135m_long",
+    "learning_135m_pilot",
+    "memorization_135m",
+    "memorization_gemma",
+)
 
 
 @pytest.fixture
@@ -56,7 +61,7 @@ def test_published_tables_of_pretrained_models_can_be_repeated(
     name, bench, monkeypatch, tmp_path
 ):
     """Their commands read nothing but what pretrained.py makes."""
-    made = ("smollm2-135m", *(f"{text}.jsonl" for text in TEXTS), *TASKS)
+    made = (SMOLLM2, GEMMA3, *(f"{text}.jsonl" for text in TEXTS), *TASKS)
     for file in made:
         path = tmp_path / bench.FETCHED / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,5 +74,7 @@ def test_published_tables_of_pretrained_models_can_be_repeated(
     assert all((REPOSITORY / word).is_file() for word in (script, *ours))
 
 
+SMOLLM2 = "smollm2-135m"
+GEMMA3 = "gemma3-270m"
 TEXTS = ("hpo", "hpo_held", "prose", "prose_held")
 TASKS = ("hpo_trained.yaml", "hpo_held.yaml")
